@@ -1,0 +1,1 @@
+"""Typed configuration: schema, loading, overrides, errors, generated help. Imports no torch."""

@@ -1,0 +1,252 @@
+"""The typed configuration of a training run. Every field's description is its help text; `unit` names its unit.
+
+Sources of truth flow from here: validation, `muonlm train --help` and docs/config.md. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    """A frozen table that refuses keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    alternatives: ClassVar[tuple[str, ...]] = ()
+    """Keys of which one at most is given: a layer that sets one of them drops the others of the layers below."""
+
+
+def field(default: Any, description: str, *, unit: str = "", **bounds: Any) -> Any:
+    """A documented field. Pass `...` for a required one."""
+    extra: Any = {"unit": unit} if unit else None
+    return Field(default, description=description, json_schema_extra=extra, **bounds)
+
+
+class DataConfig(Section):
+    """Token shards to train on, as written by `muonlm data prepare`."""
+
+    path: str = field(..., "Directory with prepared token shards.")
+    prepare: str | None = field(
+        None, "Data config (name or path) that prepares `data.path` when that directory does not exist yet."
+    )
+    seq_len: int = field(128, "Context length of one training sequence.", unit="tokens", ge=2)
+    verify: Literal["auto", "always", "never"] = field(
+        "auto", "Check shard checksums at start: auto checks data sets up to 1 GiB; sizes are always checked."
+    )
+
+
+class GPTConfig(Section):
+    """Dense decoder with RMSNorm, rotary positions, QK-norm, grouped-query attention and SwiGLU (Qwen3)."""
+
+    kind: Literal["gpt"] = field("gpt", "Model family.")
+    vocab_size: int | None = field(
+        None, "Number of token ids; taken from the data when unset, checked against it when set.", ge=2
+    )
+    num_layers: int = field(4, "Decoder blocks.", ge=1)
+    hidden_size: int = field(128, "Width of the residual stream.", ge=2)
+    intermediate_size: int = field(384, "Width of the SwiGLU hidden layer.", ge=1)
+    num_heads: int = field(4, "Query heads.", ge=1)
+    num_kv_heads: int | None = field(None, "Key and value heads; equal to num_heads when unset.", ge=1)
+    head_dim: int | None = field(None, "Width of one head; hidden_size / num_heads when unset.", ge=2)
+    rope_theta: float = field(10_000.0, "Base of the rotary frequencies.", gt=0)
+    rms_norm_eps: float = field(1e-6, "Added to the mean square in RMSNorm.", gt=0)
+    tie_embeddings: bool = field(False, "Share the input embedding with the output head.")
+    init_std: float = field(0.02, "Standard deviation of the normal initialisation.", gt=0)
+    attention: Literal["auto", "matmul", "sdpa"] = field(
+        "auto", "Attention implementation: auto takes matmul on CPU and scaled_dot_product_attention on GPU."
+    )
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> Self:
+        if self.head_dim is None and self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}; "
+                "change one of them or set head_dim"
+            )
+        if self.resolved_head_dim % 2:
+            raise ValueError(f"head_dim {self.resolved_head_dim} is odd; rotary positions need an even one")
+        if self.num_heads % self.resolved_kv_heads:
+            raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
+        return self
+
+    @property
+    def resolved_head_dim(self) -> int:
+        """Width of one head."""
+        return self.head_dim or self.hidden_size // self.num_heads
+
+    @property
+    def resolved_kv_heads(self) -> int:
+        """Number of key and value heads."""
+        return self.num_kv_heads or self.num_heads
+
+
+class AuxConfig(Section):
+    """AdamW for what is not a hidden matrix: embedding, head, norms, biases. The same table in every arm."""
+
+    lr: float = field(3.2e-2, "Peak learning rate of embedding, head, norms and biases.", gt=0)
+    beta1: float = field(0.9, "Decay of the first moment.", ge=0, lt=1)
+    beta2: float = field(0.95, "Decay of the second moment.", ge=0, lt=1)
+    eps: float = field(1e-8, "Added to the root of the second moment.", gt=0)
+    weight_decay: float = field(0.0, "Decoupled weight decay of the embedding and the head.", ge=0)
+
+
+class NewtonSchulzConfig(Section):
+    """The matrix iteration that replaces the momentum by its nearest semi-orthogonal matrix."""
+
+    coefficients: Literal["jordan", "quintic", "polar_express"] = field(
+        "polar_express", "Named coefficient set of the Newton-Schulz iteration."
+    )
+    steps: int = field(5, "Iterations.", ge=1, le=20)
+    dtype: Literal["auto", "bfloat16", "float32"] = field(
+        "auto", "Precision of the iterates: auto takes bfloat16 where the device multiplies it fast."
+    )
+
+
+class MuonConfig(Section):
+    """Muon on hidden matrices, AdamW (`optim.aux`) on the rest."""
+
+    kind: Literal["muon"] = field("muon", "Optimizer of the hidden matrices.")
+    lr: float = field(4e-3, "Peak learning rate of the hidden matrices.", gt=0)
+    momentum: float = field(0.95, "Momentum coefficient.", ge=0, lt=1)
+    nesterov: bool = field(True, "Look ahead by one momentum step before orthogonalizing.")
+    weight_decay: float = field(0.1, "Decoupled weight decay of the hidden matrices.", ge=0)
+    scaling: Literal["jordan", "spectral", "rms_adamw"] = field(
+        "rms_adamw",
+        "Factor on the orthogonal update of an (out, in) matrix: jordan sqrt(max(1, out/in)), "
+        "spectral sqrt(out/in), rms_adamw 0.2*sqrt(max(out, in)), which gives the RMS of an AdamW update.",
+    )
+    newton_schulz: NewtonSchulzConfig = field(NewtonSchulzConfig(), "Orthogonalization.")
+    aux: AuxConfig = field(AuxConfig(), "AdamW for everything that is not a hidden matrix.")
+
+
+class AdamWConfig(Section):
+    """AdamW everywhere, with a learning rate of its own for hidden matrices and one for the rest."""
+
+    kind: Literal["adamw"] = field("adamw", "Optimizer of the hidden matrices.")
+    lr: float = field(2e-3, "Peak learning rate of the hidden matrices.", gt=0)
+    beta1: float = field(0.9, "Decay of the first moment.", ge=0, lt=1)
+    beta2: float = field(0.95, "Decay of the second moment.", ge=0, lt=1)
+    eps: float = field(1e-8, "Added to the root of the second moment.", gt=0)
+    weight_decay: float = field(0.1, "Decoupled weight decay of the hidden matrices.", ge=0)
+    aux: AuxConfig = field(AuxConfig(), "AdamW for everything that is not a hidden matrix.")
+
+
+OptimConfig = Annotated[MuonConfig | AdamWConfig, Field(discriminator="kind")]
+
+
+class ScheduleConfig(Section):
+    """Learning-rate multiplier over the run: linear warm-up, then the named shape. All groups share it."""
+
+    kind: Literal["wsd", "cosine", "linear"] = field(
+        "wsd", "wsd: constant, then linear decay over the last decay_fraction; cosine; linear."
+    )
+    warmup_steps: int = field(20, "Linear warm-up from 0.", unit="steps", ge=0)
+    decay_fraction: float = field(0.4, "Share of the run that decays (wsd only).", ge=0, le=1)
+    final_ratio: float = field(0.0, "Learning rate at the end, relative to the peak.", ge=0, le=1)
+
+
+class LoopConfig(Section):
+    """Length, batch and precision of the run."""
+
+    alternatives: ClassVar[tuple[str, ...]] = ("tokens", "steps")
+
+    tokens: int | None = field(None, "Training budget; give either this or steps.", unit="tokens", ge=1)
+    steps: int | None = field(None, "Training budget; give either this or tokens.", unit="optimizer steps", ge=1)
+    batch_size: int = field(16, "Sequences per optimizer step over all ranks.", unit="sequences", ge=1)
+    micro_batch_size: int | None = field(
+        None, "Sequences per rank and forward pass; unset: the rank's whole share.", unit="sequences", ge=1
+    )
+    grad_clip: float = field(
+        1.0, "Largest global gradient norm; 0 turns clipping off. Never changes the size of a Muon step.", ge=0
+    )
+    precision: Literal["auto", "bfloat16", "float32"] = field(
+        "auto", "Autocast dtype of the forward pass: auto takes bfloat16 where the device multiplies it fast."
+    )
+    threads: int = field(0, "CPU threads of each rank; 0 leaves the library's choice.", ge=0)
+    device: Literal["auto", "cpu", "cuda"] = field("auto", "Device: auto takes CUDA where there is one.")
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Self:
+        if (self.tokens is None) == (self.steps is None):
+            raise ValueError("give exactly one of loop.tokens and loop.steps")
+        return self
+
+
+class EvalConfig(Section):
+    """Validation loss on held-out documents: the same sequences at every evaluation, on any number of ranks."""
+
+    interval_steps: int = field(32, "Steps between evaluations; 0 evaluates only at the end.", unit="steps", ge=0)
+    tokens: int = field(8192, "Validation tokens of an evaluation along the way.", unit="tokens", ge=1)
+    final_tokens: int = field(65536, "Validation tokens of the evaluation at the end.", unit="tokens", ge=1)
+
+
+class CheckpointConfig(Section):
+    """Where a run can go on. A checkpoint at the end and on a stop signal is always written."""
+
+    interval_steps: int = field(0, "Steps between checkpoints; 0 saves only at the end or on a signal.", ge=0)
+    keep: int = field(2, "Checkpoints to keep.", ge=1)
+
+
+class TrackConfig(Section):
+    """What is recorded besides metrics.jsonl, which is always written."""
+
+    interval_steps: int = field(10, "Steps between training records.", unit="steps", ge=1)
+    console: bool = field(True, "Progress on the terminal.")
+    tensorboard: bool = field(False, "TensorBoard event files in the run directory.")
+    wandb: Literal["off", "offline", "online"] = field("off", "Weights & Biases.")
+    wandb_project: str = field("muonlm", "Weights & Biases project.")
+    peak_flops: float | None = field(
+        None, "Peak rate of one device for MFU; known GPUs need none.", unit="FLOP/s", gt=0
+    )
+    reference: str | None = field(None, "Run directory whose evaluation curve `tokens_ratio` is logged against.")
+
+
+class DistConfig(Section):
+    """Process group; torchrun's environment decides rank and world size."""
+
+    backend: Literal["auto", "gloo", "nccl"] = field("auto", "auto takes nccl on CUDA, gloo on CPU.")
+    timeout_s: float = field(600.0, "How long a collective may wait before the run stops.", unit="s", gt=0)
+
+
+class TrainConfig(Section):
+    """One training run."""
+
+    name: str = field(..., "Name of the run.", min_length=1, pattern=r"^[A-Za-z0-9._-]+$")
+    seed: int = field(0, "Seeds the initialisation and the data order.", ge=0)
+    run_dir: str | None = field(None, "Run directory; runs/<name> when unset.")
+    data: DataConfig = field(..., "Token shards.")
+    model: GPTConfig = field(GPTConfig(), "Model.")
+    optim: OptimConfig = field(MuonConfig(), "Optimizer.")
+    schedule: ScheduleConfig = field(ScheduleConfig(), "Learning-rate schedule.")
+    loop: LoopConfig = field(..., "Budget, batch, precision.")
+    eval: EvalConfig = field(EvalConfig(), "Validation.")
+    checkpoint: CheckpointConfig = field(CheckpointConfig(), "Checkpoints.")
+    track: TrackConfig = field(TrackConfig(), "Metrics.")
+    dist: DistConfig = field(DistConfig(), "Process group.")
+
+    @model_validator(mode="after")
+    def _batch_fits(self) -> Self:
+        if self.loop.tokens is not None and self.loop.tokens < self.batch_tokens:
+            raise ValueError(
+                f"loop.tokens {self.loop.tokens} is less than one batch "
+                f"({self.loop.batch_size} x {self.data.seq_len} = {self.batch_tokens} tokens)"
+            )
+        return self
+
+    @property
+    def resolved_run_dir(self) -> str:
+        """The run directory."""
+        return self.run_dir or f"runs/{self.name}"
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens of one optimizer step over all ranks."""
+        return self.loop.batch_size * self.data.seq_len
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the whole run; a token budget is rounded down to whole batches."""
+        return self.loop.steps if self.loop.steps is not None else (self.loop.tokens or 0) // self.batch_tokens

@@ -1,0 +1,99 @@
+"""Start and stop the process group from torchrun's environment."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from muonlm.config.errors import UserError
+from muonlm.config.schema import DistConfig
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all processes of the run. `backend` is None when there is only one process."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+    backend: str | None
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one rank that writes files and talks to the user."""
+        return self.rank == 0
+
+
+def start(config: DistConfig, device: str = "auto") -> World:
+    """Join the process group that torchrun's environment describes; without torchrun, run alone.
+
+    `device` is "auto", "cpu" or "cuda". Raises UserError for an impossible device or backend, and when the other
+    ranks cannot be reached within `config.timeout_s`.
+    """
+    rank, size, local_rank = (_env_int(name, default) for name, default in _TORCHRUN)
+    torch_device = _pick_device(device, local_rank)
+    _refuse_silent_copies(size)
+    if size == 1:
+        return World(0, 1, local_rank, torch_device, None)
+    backend = config.backend if config.backend != "auto" else ("nccl" if torch_device.type == "cuda" else "gloo")
+    if backend == "nccl" and torch_device.type != "cuda":
+        raise UserError("dist.backend: 'nccl' needs CUDA devices; use 'gloo' or 'auto' on CPU")
+    try:
+        dist.init_process_group(
+            backend,
+            timeout=timedelta(seconds=config.timeout_s),
+            device_id=torch_device if torch_device.type == "cuda" else None,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"rank {rank} of {size} could not join the process group ({backend}, "
+            f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}): {error}"
+        ) from error
+    return World(rank, size, local_rank, torch_device, backend)
+
+
+def shutdown() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+_TORCHRUN = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+
+
+def _env_int(name: str, default: int) -> int:
+    value = os.environ.get(name, "")
+    if not value:
+        return default
+    try:
+        return int(value)
+    except ValueError:
+        raise UserError(f"environment variable {name}={value!r} is no integer; start ranks with torchrun") from None
+
+
+def _pick_device(device: str, local_rank: int) -> torch.device:
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise UserError(
+            f"loop.device: rank with LOCAL_RANK={local_rank} needs {local_rank + 1} CUDA devices, found {count}; "
+            "lower --nproc-per-node or set loop.device=cpu"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def _refuse_silent_copies(size: int) -> None:
+    """`srun -n 8 muonlm train` without torchrun would run eight identical copies on one directory."""
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if size == 1 and tasks.isdigit() and int(tasks) > 1:
+        raise UserError(
+            f"Slurm started {tasks} tasks, but WORLD_SIZE is not set: each would be a separate run. "
+            "Start one task per node and let torchrun start the ranks"
+        )
