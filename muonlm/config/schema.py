@@ -86,7 +86,7 @@ class GPTConfig(Section):
 class AuxConfig(Section):
     """AdamW for what is not a hidden matrix: embedding, head, norms, biases. The same table in every arm."""
 
-    lr: float = field(3.2e-2, "Peak learning rate of embedding, head, norms and biases.", gt=0)
+    lr: float = field(1.6e-2, "Peak learning rate of embedding, head, norms and biases.", gt=0)
     beta1: float = field(0.9, "Decay of the first moment.", ge=0, lt=1)
     beta2: float = field(0.95, "Decay of the second moment.", ge=0, lt=1)
     eps: float = field(1e-8, "Added to the root of the second moment.", gt=0)
@@ -233,6 +233,11 @@ class TrainConfig(Section):
             raise ValueError(
                 f"loop.tokens {self.loop.tokens} is less than one batch "
                 f"({self.loop.batch_size} x {self.data.seq_len} = {self.batch_tokens} tokens)"
+            )
+        if self.schedule.warmup_steps > self.num_steps:
+            raise ValueError(
+                f"schedule.warmup_steps {self.schedule.warmup_steps} is more than the {self.num_steps} steps of the "
+                "run; lower it or raise the budget"
             )
         return self
 

@@ -108,6 +108,17 @@ def test_last_triple_repeats():
     assert coefficients("polar_express", 9)[-1] == (1.875, -1.25, 0.375)
 
 
+def test_coefficients_are_the_published_ones():
+    """a + b + c is what one step makes of a singular value 1: a typing error in any of the numbers shows."""
+    sums = {name: [round(sum(t), 4) for t in coefficients(name, 5)] for name in COEFFICIENTS}
+    assert sums["jordan"] == [0.701] * 5
+    assert sums["quintic"] == [0.1172, 0.2853, 0.4542, 0.9388, 0.9853]
+    # Published without the safety factor; (s, s^3, s^5) is divided out.
+    s = 1.01
+    raw = [sum((a * s, b * s**3, c * s**5)) for a, b, c in coefficients("polar_express", 5)]
+    assert [round(value, 4) for value in raw] == [1.9917, 1.7041, 1.5916, 1.34, 1.0506]
+
+
 def test_flops_formula_matches_counter():
     from torch.utils.flop_counter import FlopCounterMode
 

@@ -1,0 +1,53 @@
+"""`muonlm COMMAND`: the parser, and what errors and interrupts mean for the exit code.
+
+Exit codes: 0 done, or stopped on request in a way that goes on later; 1 a fault of the program, with its traceback;
+2 something in the input is wrong, with a message; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+import muonlm
+from muonlm.cli import bench, compare, data, doctor, plan, report, study, train
+from muonlm.cli.parser import Parser, take_overrides
+from muonlm.config.errors import UserError
+
+
+def build_parser() -> Parser:
+    """The parser of all commands. Imports no schema: the keys of a config are looked up when help asks for them."""
+    parser = Parser(
+        prog="muonlm",
+        description="Distributed LLM pretraining with Muon, measured against AdamW.",
+        epilog="Start with `muonlm train smoke`. `muonlm COMMAND --help` has every option of a command.",
+    )
+    parser.add_argument("--version", action="version", version=f"muonlm {muonlm.__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for module in (train, plan, data, compare, report, study, bench, doctor):
+        module.add(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    take_overrides(parser, args, rest)
+    try:
+        return int(args.run(args))
+    except UserError as error:
+        print(_error_text(args.command, str(error)), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\nmuonlm {args.command}: interrupted; repeat the same command to go on", file=sys.stderr)
+        return 130
+
+
+def _error_text(command: str, message: str) -> str:
+    """The whole message on rank 0; one line on the others, which mostly find the same mistake, but not always."""
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
+        return f"muonlm {command}: error\n{message}"
+    return f"muonlm {command}: error on rank {rank}: {message.splitlines()[0] if message else ''}"

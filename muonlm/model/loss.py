@@ -1,0 +1,88 @@
+"""Output head and cross-entropy in one function that never holds all logits.
+
+Rows are taken in chunks; of each chunk the logits, their softmax, and at once both gradients are computed, and
+only the gradients (the size of the input and of the weight) are kept. The backward pass multiplies them by the
+upstream gradient. Shape suffixes: N rows, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from muonlm.model.layers import compute_dtype, upcast
+
+CHUNK_ROWS = 256
+
+
+def linear_cross_entropy(x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, chunk_rows: int = CHUNK_ROWS) -> Tensor:
+    """Mean of cross_entropy(x @ weight.T, labels) over all rows, as a scalar of at least fp32.
+
+    Products run in autocast's dtype when it is on; logits are rounded to it, as autocast does, and everything
+    after them is fp32. The weight's gradient is summed over chunks in the weight's dtype.
+
+    Args:
+        x_ND: hidden states, contiguous rows.
+        weight_VD: output embedding (may be tied to the input embedding).
+        labels_N: int64 class of each row; every row counts.
+        chunk_rows: rows whose logits exist at one time.
+    """
+    need_x = torch.is_grad_enabled() and x_ND.requires_grad
+    need_weight = torch.is_grad_enabled() and weight_VD.requires_grad
+    loss: Tensor = _LinearCrossEntropy.apply(
+        x_ND, weight_VD, labels_N, chunk_rows, compute_dtype(x_ND), need_x, need_weight
+    )
+    return loss
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_ND: Tensor,
+        weight_VD: Tensor,
+        labels_N: Tensor,
+        chunk_rows: int,
+        dtype: torch.dtype,
+        need_x: bool,
+        need_weight: bool,
+    ) -> Tensor:
+        num_rows = x_ND.size(0)
+        wide = torch.promote_types(x_ND.dtype, torch.float32)
+        loss = torch.zeros((), dtype=wide, device=x_ND.device)
+        grad_x = torch.empty_like(x_ND, dtype=dtype) if need_x else None
+        grad_weight = torch.zeros_like(weight_VD) if need_weight else None
+        with torch.autocast(x_ND.device.type, enabled=False):
+            weight = weight_VD.to(dtype)
+            for start in range(0, num_rows, chunk_rows):
+                x = x_ND[start : start + chunk_rows].to(dtype)
+                labels = labels_N[start : start + chunk_rows, None]
+                logits = upcast(F.linear(x, weight))
+                if not (need_x or need_weight):
+                    loss += F.cross_entropy(logits, labels.squeeze(1), reduction="sum")
+                    continue
+                p = torch.softmax(logits, -1)
+                # log-sum-exp = max logit - log(max probability), and that probability is at least 1/V
+                log_sum = logits.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log_()
+                loss += (log_sum - logits.gather(1, labels)).sum()
+                grad_logits = p.scatter_add_(1, labels, p.new_full(labels.shape, -1.0)).to(dtype)
+                if grad_x is not None:
+                    torch.mm(grad_logits, weight, out=grad_x[start : start + chunk_rows])
+                if grad_weight is not None:
+                    grad_weight += grad_logits.t() @ x
+        ctx.save_for_backward(grad_x, grad_weight)
+        ctx.num_rows, ctx.x_dtype = num_rows, x_ND.dtype
+        return loss / num_rows
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_x, grad_weight = ctx.saved_tensors
+        scale = grads[0] / ctx.num_rows
+        grad_x = None if grad_x is None else (grad_x * scale).to(ctx.x_dtype)
+        grad_weight = None if grad_weight is None else grad_weight * scale.to(grad_weight.dtype)
+        return grad_x, grad_weight, None, None, None, None, None

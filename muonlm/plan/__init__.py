@@ -1,0 +1,1 @@
+"""What a run will cost (parameters, memory, FLOPs, communication), from its configuration alone; imports no torch."""

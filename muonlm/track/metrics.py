@@ -1,0 +1,76 @@
+"""metrics.jsonl: one JSON object a line, appended as the run goes. The schema is documented in docs/metrics.md."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+SCHEMA_VERSION = 1
+FILE_NAME = "metrics.jsonl"
+
+
+class MetricsWriter:
+    """Appends records to `<run_dir>/metrics.jsonl`; a killed process loses at most the line it was writing."""
+
+    def __init__(self, run_dir: str | Path) -> None:
+        self._path = Path(run_dir) / FILE_NAME
+        _drop_torn_line(self._path)
+        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
+
+    def write(self, kind: str, record: Mapping[str, Any]) -> None:
+        """Append one record of `kind` "train", "eval" or "event". Raises ValueError for NaN and infinity."""
+        line = json.dumps({"schema": SCHEMA_VERSION, "kind": kind, **record}, allow_nan=False)
+        self._file.write(line + "\n")
+        self._file.flush()
+
+    def truncate_after(self, step: int) -> None:
+        """Remove records of later steps than `step`: a resumed run writes them again. Atomic."""
+        kept = [record for record in _read(self._path) if record["step"] <= step]
+        self._file.close()
+        temporary = self._path.with_suffix(".tmp")
+        with open(temporary, "w", encoding="utf-8") as out:
+            out.writelines(json.dumps(record) + "\n" for record in kept)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(temporary, self._path)
+        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
+
+    def sync(self) -> None:
+        """Put every record on the disk: called before a checkpoint, which must not outlive its records."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
+    """All records of a run in the order they were written; none when the file does not exist.
+
+    A last line that was cut off by a kill is left out. Raises ValueError for a broken line elsewhere.
+    """
+    return _read(Path(run_dir) / FILE_NAME)
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    records = []
+    *lines, _torn = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path}: line {number} is no JSON object: {error}") from error
+    return records
+
+
+def _drop_torn_line(path: Path) -> None:
+    if path.exists():
+        content = path.read_bytes()
+        if not content.endswith(b"\n"):
+            with open(path, "r+b") as file:
+                file.truncate(content.rfind(b"\n") + 1)

@@ -1,0 +1,1 @@
+"""The training loop: set-up, steps, evaluation, stopping and going on. `loop.train` is the entry."""

@@ -1,0 +1,129 @@
+"""The training loop: restore or start, then accumulate, step, record, evaluate, save, until the end or a signal."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from muonlm.checkpoint import store
+from muonlm.config.schema import TrainConfig
+from muonlm.dist import process
+from muonlm.dist.agree import on_main, raised_on_all_ranks
+from muonlm.dist.process import World
+from muonlm.track.tracker import Tracker
+from muonlm.train.evaluate import evaluate
+from muonlm.train.preemption import StopSignals
+from muonlm.train.records import Meter, eval_record, event_record
+from muonlm.train.run_dir import Progress, RunDirectory, RunStatus
+from muonlm.train.setup import Parts, build
+from muonlm.train.step import Diverged, check_finite, take_step
+
+__all__ = ["RunStatus", "train"]
+
+
+def train(config: TrainConfig, *, fresh: bool = False) -> RunStatus:
+    """Train the run that `config` describes, or go on with it; returns when it is finished or was asked to stop.
+
+    The run directory is the only state: repeating the call goes on after the last checkpoint with the same numbers,
+    on any number of ranks, and returns at once for a finished run. `fresh` discards what is there. SIGINT, SIGTERM and
+    SIGUSR1, on any rank, save a checkpoint after the step under way and return a "preempted" status on all ranks.
+    Raises UserError for wrong input (before the first step), a full disk, and a loss or gradient that is not finite.
+    """
+    with StopSignals() as stop:
+        world = process.start(config.dist, config.loop.device)
+        try:
+            with RunDirectory(config, world, fresh=fresh) as run:
+                return run.finished or _train(config, world, run, stop)
+        finally:
+            process.shutdown()
+
+
+def _train(config: TrainConfig, world: World, run: RunDirectory, stop: StopSignals) -> RunStatus:
+    parts = build(config, world, run.recorded)
+    progress = _restore(parts, run)
+    with _open_tracker(parts, run, progress) as tracker:
+        run.begin(parts.environment, parts.rules)
+        run.update("running", progress)
+        tracker.event(event_record(progress, "resume" if progress.step else "start", attempt=run.attempt))
+        meter, stopping = Meter(parts), False
+        while progress.step < config.num_steps and not stopping:
+            number = progress.step + 1
+            is_last = number == config.num_steps
+            is_recorded = number == 1 or is_last or _is_due(number, config.track.interval_steps)
+            result = take_step(parts, progress.step, progress.sequences, measure=is_recorded, stop=stop.requested)
+            meter.add(result, progress)
+            stopping = result.stop
+            if is_recorded:
+                tracker.train(meter.train_record(result, progress))
+                run.update("running", progress)
+            if is_last or _is_due(number, config.eval.interval_steps):
+                _evaluate(parts, progress, tracker, is_last=is_last)
+            if is_last or stopping or _is_due(number, config.checkpoint.interval_steps):
+                _save(parts, progress, run, tracker)
+        if progress.step < config.num_steps:
+            tracker.event(event_record(progress, "preempted", signal=stop.name or "of another rank"))
+            return run.end("preempted", progress)
+        tracker.event(event_record(progress, "finished", final_loss=progress.final_loss))
+        return run.end("finished", progress)
+
+
+def _is_due(step: int, interval: int) -> bool:
+    return interval > 0 and step % interval == 0
+
+
+def _restore(parts: Parts, run: RunDirectory) -> Progress:
+    """Load the newest complete checkpoint, if there is one; the same on all ranks."""
+    path = on_main(lambda: store.latest(run.path))
+    return Progress(**store.load(path, parts.model, parts.optimizer)) if path else Progress()
+
+
+def _open_tracker(parts: Parts, run: RunDirectory, progress: Progress) -> Tracker:
+    with raised_on_all_ranks():
+        return Tracker(
+            parts.config,
+            run.path,
+            is_main=parts.world.is_main,
+            num_steps=parts.config.num_steps,
+            start_step=progress.step,
+        )
+
+
+def _evaluate(parts: Parts, progress: Progress, tracker: Tracker, *, is_last: bool) -> None:
+    """Evaluate and record; at the end on the sequences along the way, if those are used, and then on the final ones."""
+    eval_config, track = parts.config.eval, parts.config.track
+    if not is_last or eval_config.interval_steps or track.reference is not None:
+        tracker.eval(_measure(parts, progress, parts.eval_indices, final=False))
+    if is_last:
+        record = _measure(parts, progress, parts.final_indices, final=True)
+        progress.final_loss = record["loss"]
+        tracker.eval(record)
+
+
+def _measure(parts: Parts, progress: Progress, indices: np.ndarray, *, final: bool) -> dict[str, Any]:
+    loss = evaluate(
+        parts.model,
+        parts.validation_data,
+        indices,
+        batch_size=parts.micro_batch,
+        world=parts.world,
+        dtype=parts.dtype,
+    )
+    if not math.isfinite(loss):
+        raise Diverged(f"step {progress.step}: the validation loss is not finite; lower the learning rates")
+    return eval_record(parts, progress, loss, len(indices), final=final)
+
+
+def _save(parts: Parts, progress: Progress, run: RunDirectory, tracker: Tracker) -> None:
+    """Save a checkpoint; the records up to it are on the disk before."""
+    begin = time.perf_counter()
+    check_finite(parts, progress.step)
+    tracker.sync()
+    path = store.save(
+        run.path, progress.step, parts.model, parts.optimizer, asdict(progress), parts.config.checkpoint.keep
+    )
+    seconds = round(time.perf_counter() - begin, 3)
+    tracker.event(event_record(progress, "checkpoint", path=str(path.relative_to(run.path)), seconds=seconds))

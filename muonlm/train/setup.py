@@ -1,0 +1,241 @@
+"""From a configuration to everything a loop needs. Whatever is wrong with the input is found here."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import muonlm
+from muonlm.config.errors import UserError
+from muonlm.config.load import load_prepare
+from muonlm.config.schema import DataConfig, TrainConfig
+from muonlm.data.dataset import TokenDataset, open_split
+from muonlm.data.loader import BatchOrder, batch
+from muonlm.data.manifest import MANIFEST_NAME
+from muonlm.data.prepare import prepare
+from muonlm.dist.agree import on_main, raised_on_all_ranks
+from muonlm.dist.precision import bfloat16_is_fast
+from muonlm.dist.process import World
+from muonlm.model.build import build_model
+from muonlm.model.flops import flops_per_token
+from muonlm.optim.build import build_optimizer
+from muonlm.optim.rules import assign_rules, rules_table
+from muonlm.train.evaluate import eval_indices
+from muonlm.train.peak_flops import peak_flops
+from muonlm.train.reference import check_reference
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the loop works with. `model` is the bare model, `wrapped` the one whose backward pass averages gradients.
+
+    `micro_batch` is in sequences; `eval_indices` and `final_indices` are the validation sequences of the evaluations
+    along the way and at the end; `peak_flops` is that of all ranks together, None when unknown.
+    """
+
+    config: TrainConfig
+    world: World
+    train_data: TokenDataset
+    validation_data: TokenDataset
+    order: BatchOrder
+    eval_indices: np.ndarray
+    final_indices: np.ndarray
+    model: nn.Module
+    wrapped: nn.Module
+    optimizer: torch.optim.Optimizer
+    dtype: torch.dtype
+    micro_batch: int
+    flops_per_token: int
+    peak_flops: float | None
+    environment: dict[str, Any]
+    rules: str
+
+    @property
+    def rank_batch(self) -> int:
+        """Sequences of one optimizer step on this rank."""
+        return self.config.loop.batch_size // self.world.size
+
+
+def build(config: TrainConfig, world: World, recorded: dict[str, Any]) -> Parts:
+    """Build data, model and optimizer; called by all ranks.
+
+    `recorded` is the environment.json of an earlier attempt, or empty: what was decided then by looking at the
+    machine stays so, that the run goes on with the same numbers. Raises UserError for what does not fit together.
+    """
+    if config.loop.threads:
+        torch.set_num_threads(config.loop.threads)
+    torch.manual_seed(config.seed)
+    on_main(lambda: _prepare_missing_data(config.data))
+    train_data, validation_data = _open_data(config, world)
+    micro_batch = micro_batch_size(config, world.size)
+    decided = on_main(lambda: _decide_precision(config, world, recorded))
+    dtype, iterate_dtype = (getattr(torch, decided[key]) for key in ("precision", "newton_schulz_dtype"))
+    with raised_on_all_ranks():
+        model = build_model(config.model, train_data.vocab_size, config.seed).to(world.device)
+        rules = rules_table(assign_rules(model, config.optim))
+        optimizer = build_optimizer(model, config.optim, iterate_dtype=iterate_dtype)
+        on_way = eval_indices(validation_data.num_sequences, config.data.seq_len, config.eval.tokens)
+        at_end = eval_indices(validation_data.num_sequences, config.data.seq_len, config.eval.final_tokens)
+        if world.is_main:
+            _say_if_short(config, validation_data.num_sequences)
+            check_reference(config, validation_data.tokenizer_fingerprint, len(on_way) * config.data.seq_len)
+    peak = config.track.peak_flops or (world.device.type == "cuda" and peak_flops(_device_name(world))) or None
+    parts = Parts(
+        config=config,
+        world=world,
+        train_data=train_data,
+        validation_data=validation_data,
+        order=BatchOrder(train_data.num_sequences, config.seed),
+        eval_indices=on_way,
+        final_indices=at_end,
+        model=model,
+        wrapped=_wrap(model, world),
+        optimizer=optimizer,
+        dtype=dtype,
+        micro_batch=micro_batch,
+        flops_per_token=flops_per_token(config.model, train_data.vocab_size, config.data.seq_len),
+        peak_flops=peak * world.size if peak else None,
+        environment={
+            **describe_machine(world),
+            **decided,
+            "tokenizer_fingerprint": train_data.tokenizer_fingerprint,
+        },
+        rules=rules,
+    )
+    _settle_buckets(parts)
+    return parts
+
+
+def micro_batch_size(config: TrainConfig, world_size: int) -> int:
+    """Sequences per rank and forward pass. Raises UserError when the batch does not divide into them."""
+    batch_size, micro = config.loop.batch_size, config.loop.micro_batch_size
+    per_pass = world_size * (micro or 1)
+    if batch_size % per_pass:
+        near = max(batch_size // per_pass, 1) * per_pass
+        raise UserError(
+            f"loop.batch_size {batch_size} is not divisible by "
+            f"{world_size} ranks" + (f" x loop.micro_batch_size {micro}" if micro else "") + f" = {per_pass}; "
+            f"take loop.batch_size={near}, or another number of ranks" + (" or micro-batch" if micro else "")
+        )
+    return micro or batch_size // world_size
+
+
+def describe_machine(world: World) -> dict[str, Any]:
+    """Versions, source revision and devices, as recorded in environment.json."""
+    return {
+        "muonlm": muonlm.__version__,
+        "git": _git_revision(),
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "numpy": np.__version__,
+        "platform": platform.platform(),
+        "device": _device_name(world),
+        "world_size": world.size,
+        "backend": world.backend,
+        "threads": torch.get_num_threads(),
+        "cpus": os.cpu_count(),
+    }
+
+
+def _prepare_missing_data(data: DataConfig) -> None:
+    if data.prepare is None or (Path(data.path) / MANIFEST_NAME).exists():
+        return
+    recipe = load_prepare(data.prepare).model_copy(update={"output": data.path})
+    prepare(recipe)
+
+
+def _open_data(config: TrainConfig, world: World) -> tuple[TokenDataset, TokenDataset]:
+    """Both splits; checksums are computed by the main rank alone."""
+    data = config.data
+    verify: Literal["auto", "always", "never"] = data.verify if world.is_main else "never"
+    with raised_on_all_ranks():
+        train_data = open_split(data.path, "train", data.seq_len, verify)
+        validation_data = open_split(data.path, "validation", data.seq_len, verify)
+        if config.model.vocab_size not in (None, train_data.vocab_size):
+            raise UserError(
+                f"model.vocab_size {config.model.vocab_size} differs from the {train_data.vocab_size} token ids of "
+                f"{data.path}; leave model.vocab_size unset or prepare the data with that vocabulary"
+            )
+    return train_data, validation_data
+
+
+def _decide_precision(config: TrainConfig, world: World, recorded: dict[str, Any]) -> dict[str, str]:
+    """Autocast dtype and that of the Newton-Schulz iterates, as an earlier attempt decided them or by a probe."""
+    wanted: dict[str, str] = {"precision": config.loop.precision, "newton_schulz_dtype": "float32"}
+    if config.optim.kind == "muon":
+        wanted["newton_schulz_dtype"] = config.optim.newton_schulz.dtype
+    if "auto" not in wanted.values():
+        return wanted
+    if all(key in recorded for key in wanted):
+        return {key: recorded[key] for key in wanted}
+    probed = "bfloat16" if bfloat16_is_fast(world.device) else "float32"
+    return {key: probed if value == "auto" else value for key, value in wanted.items()}
+
+
+def _say_if_short(config: TrainConfig, available: int) -> None:
+    for option, tokens in (
+        ("eval.tokens", config.eval.tokens),
+        ("eval.final_tokens", config.eval.final_tokens),
+    ):
+        wanted, seq_len = tokens // config.data.seq_len, config.data.seq_len
+        if wanted > available:
+            _log.warning(
+                "%s is %d, but the validation split has %d sequences of %d tokens; evaluating on those %d tokens",
+                *(option, tokens, available, seq_len, available * seq_len),
+            )
+        elif wanted == 0:
+            _log.warning("%s is %d, less than one sequence; evaluating on one of %d tokens", option, tokens, seq_len)
+
+
+def _wrap(model: nn.Module, world: World) -> nn.Module:
+    if world.size == 1:
+        return model
+    devices = [world.device.index] if world.device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False)
+
+
+def _settle_buckets(parts: Parts) -> None:
+    """One forward and backward pass whose gradients are thrown away, when there are several ranks.
+
+    DistributedDataParallel lays its gradient buckets out anew after the first backward pass. With three or more
+    ranks the layout decides in which order a sum is rounded, so that the first step after a restart would differ
+    from the same step of a run that was not interrupted.
+    """
+    if parts.world.size == 1:
+        return
+    ids, labels = batch(parts.train_data, parts.order, 0, 1)
+    for _ in range(2):  # the new layout is taken up by the forward pass that follows
+        with torch.autocast(parts.world.device.type, dtype=torch.bfloat16, enabled=parts.dtype == torch.bfloat16):
+            loss = parts.wrapped(ids.to(parts.world.device), labels.to(parts.world.device))
+        loss.backward()
+    parts.optimizer.zero_grad(set_to_none=True)
+
+
+def _device_name(world: World) -> str:
+    if world.device.type == "cuda":
+        return torch.cuda.get_device_name(world.device)
+    return f"cpu ({platform.processor() or platform.machine()})"
+
+
+def _git_revision() -> str | None:
+    """Revision of the checkout that muonlm runs from, with -dirty for local changes; None outside one."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--match="]
+    try:
+        result = subprocess.run(
+            command, cwd=Path(muonlm.__file__).parent, capture_output=True, text=True, timeout=10, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() or None if result.returncode == 0 else None

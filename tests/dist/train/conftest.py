@@ -1,0 +1,118 @@
+"""A tiny run on real text, processes that train it and are sent signals, and what is compared afterwards."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from muonlm.checkpoint import store
+from muonlm.config.schema import TrainConfig
+from muonlm.model.build import build_model
+from muonlm.optim.build import build_optimizer
+from muonlm.track.metrics import read_metrics
+from muonlm.train.loop import RunStatus, train
+
+NUM_STEPS = 36
+
+
+@pytest.fixture
+def make_config(stdlib_data: Path, tmp_path: Path) -> Callable[..., TrainConfig]:
+    """`make_config(run="a", **{"loop.steps": 3})`: a config of the tiny run, with dotted changes."""
+
+    def make(run: str = "a", **changes: Any) -> TrainConfig:
+        raw: dict[str, Any] = {
+            "name": "tiny",
+            "run_dir": str(tmp_path / run),
+            "data": {"path": str(stdlib_data), "seq_len": 32},
+            "model": {"num_layers": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2},
+            "optim": {"kind": "muon"},
+            "schedule": {"warmup_steps": 3},
+            "loop": {"steps": NUM_STEPS, "batch_size": 6, "threads": 1, "precision": "float32", "device": "cpu"},
+            "eval": {"interval_steps": 8, "tokens": 200, "final_tokens": 300},
+            "checkpoint": {"interval_steps": 5},
+            "track": {"interval_steps": 1, "console": False},
+        }
+        for key, value in changes.items():
+            *tables, last = key.split(".")
+            target = raw
+            for table in tables:
+                target = target.setdefault(table, {})
+            target[last] = value
+        return TrainConfig.model_validate(raw)
+
+    return make
+
+
+@pytest.fixture
+def train_ranks(run_ranks: Callable[..., list[Any]]) -> Callable[..., list[RunStatus]]:
+    """`train_ranks(config, size, at=step, signal=SIGTERM, on=rank)`: train in processes of their own.
+
+    Rank `on` sends itself the signal, from another thread, once the record of step `at` is written.
+    """
+
+    def run(
+        config: TrainConfig, size: int = 1, *, at: int | None = None, signum: int = signal.SIGTERM, on: int = 0
+    ) -> list[RunStatus]:
+        def one_rank(rank: int, size: int) -> RunStatus:
+            if at is not None and rank == on:
+                threading.Thread(target=_signal_self, args=(config, at, signum), daemon=True).start()
+            return train(config)
+
+        return run_ranks(one_rank, size, join=False)
+
+    return run
+
+
+def _signal_self(config: TrainConfig, at: int, signum: int) -> None:
+    while max((r["step"] for r in read_metrics(config.resolved_run_dir)), default=0) < at:
+        time.sleep(0.002)
+    os.kill(os.getpid(), signum)
+
+
+@pytest.fixture
+def final_state(stdlib_data: Path) -> Callable[[TrainConfig], dict[str, torch.Tensor]]:
+    """`final_state(config)`: every weight and optimizer tensor of the newest checkpoint, by name."""
+    vocab_size = json.loads((stdlib_data / "manifest.json").read_text())["vocab_size"]
+
+    def load(config: TrainConfig) -> dict[str, torch.Tensor]:
+        model = build_model(config.model, vocab_size, seed=99)
+        optimizer = build_optimizer(model, config.optim)
+        path = store.latest(config.resolved_run_dir)
+        assert path is not None
+        with torch.random.fork_rng():
+            store.load(path, model, optimizer)
+        names = {param: name for name, param in model.named_parameters()}
+        tensors = dict(model.state_dict())
+        for param, state in optimizer.state.items():
+            tensors |= {f"{names[param]} {key}": value for key, value in state.items()}
+        return tensors
+
+    return load
+
+
+@pytest.fixture
+def assert_same_run(final_state: Callable[..., Any]) -> Callable[[TrainConfig, TrainConfig], None]:
+    """Two runs ended with the same bits, and recorded the same losses, each exactly once."""
+
+    def check(one: TrainConfig, other: TrainConfig) -> None:
+        a, b = final_state(one), final_state(other)
+        assert a.keys() == b.keys()
+        assert len(a) > 40
+        assert [name for name in a if not torch.equal(a[name], b[name])] == []
+        assert _losses(one) == _losses(other)
+
+    return check
+
+
+def _losses(config: TrainConfig) -> list[tuple[Any, ...]]:
+    records = [r for r in read_metrics(config.resolved_run_dir) if r["kind"] != "event"]
+    return [(r["kind"], r["step"], r["tokens"], r.get("final"), r["loss"]) for r in records]

@@ -1,0 +1,60 @@
+"""metrics.jsonl survives kills, and a resumed run leaves every record in it once."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from muonlm.track.metrics import SCHEMA_VERSION, MetricsWriter, read_metrics
+
+
+def test_records_come_back_in_order_with_schema_and_kind(tmp_path) -> None:
+    writer = MetricsWriter(tmp_path)
+    writer.write("train", {"step": 1, "loss": 2.5})
+    writer.write("eval", {"step": 1, "loss": 3.0})
+    assert read_metrics(tmp_path) == [  # before close: each record is flushed
+        {"schema": SCHEMA_VERSION, "kind": "train", "step": 1, "loss": 2.5},
+        {"schema": SCHEMA_VERSION, "kind": "eval", "step": 1, "loss": 3.0},
+    ]
+    writer.close()
+
+
+def test_a_torn_last_line_is_ignored_and_then_written_over(tmp_path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"kind": "train", "step": 1}\n{"kind": "train", "st')
+    assert [r["step"] for r in read_metrics(tmp_path)] == [1]
+    writer = MetricsWriter(tmp_path)
+    writer.write("train", {"step": 2})
+    writer.close()
+    assert [r["step"] for r in read_metrics(tmp_path)] == [1, 2]
+
+
+def test_a_broken_line_in_the_middle_is_an_error(tmp_path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    with pytest.raises(ValueError, match="line 2 is no JSON object"):
+        read_metrics(tmp_path)
+
+
+def test_truncation_keeps_the_step_itself_and_goes_on(tmp_path) -> None:
+    writer = MetricsWriter(tmp_path)
+    for step in range(1, 6):
+        writer.write("train", {"step": step, "loss": step / 3})
+    kept = (tmp_path / "metrics.jsonl").read_text().splitlines()[:3]
+    writer.truncate_after(3)
+    writer.write("train", {"step": 4})
+    writer.sync()
+    writer.close()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert lines[:3] == kept
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_no_file_means_no_records_and_nan_is_refused(tmp_path) -> None:
+    assert read_metrics(tmp_path) == []
+    writer = MetricsWriter(tmp_path)
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        writer.write("train", {"step": 1, "loss": float("nan")})
+    writer.close()
+    assert read_metrics(tmp_path) == []
