@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import platform
 import statistics
@@ -19,6 +21,7 @@ from rich.table import Table
 from torch import nn
 
 from muonlm.bench.plain import PlainGPT
+from muonlm.config.errors import UserError
 from muonlm.config.load import load_train
 from muonlm.config.schema import TrainConfig
 from muonlm.data.dataset import open_split
@@ -30,6 +33,24 @@ from muonlm.train.loop import train
 
 OURS, OURS_MUON = "muonlm train, AdamW", "muonlm train, Muon"
 SAME_MODEL, STOCK = "plain loop, muonlm's model", "plain loop, stock operators"
+
+
+def main(argv: list[str]) -> int:
+    """`muonlm bench train`: parse, measure, print."""
+    parser = argparse.ArgumentParser(prog="muonlm bench train", description=__doc__)
+    parser.add_argument("config", nargs="?", default="demo", help="train config that gives the shapes [demo]")
+    parser.add_argument("--steps", type=int, default=60, help="steps of each contender in a round [60]")
+    parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds [3]")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads [1]")
+    parser.add_argument("--json", metavar="FILE", help="write the result as JSON too")
+    args = parser.parse_args(argv)
+    if args.steps < 20 or args.rounds < 1 or args.threads < 1:
+        raise UserError("muonlm bench train: --steps must be at least 20, --rounds and --threads at least 1")
+    result = bench_train(args.config, steps=args.steps, rounds=args.rounds, threads=args.threads)
+    show(result)
+    if args.json:
+        Path(args.json).write_text(json.dumps(result, indent=1))
+    return 0
 
 
 def bench_train(name: str, *, steps: int = 60, rounds: int = 3, threads: int = 1) -> dict[str, Any]:

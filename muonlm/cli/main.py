@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(args.run(args))
     except UserError as error:
-        print(_error_text(args.command, str(error)), file=sys.stderr)
+        sys.stderr.write(_error_text(args.command, str(error)))
         return 2
     except KeyboardInterrupt:
         print(f"\nmuonlm {args.command}: interrupted; repeat the same command to go on", file=sys.stderr)
@@ -46,8 +46,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _error_text(command: str, message: str) -> str:
-    """The whole message on rank 0; one line on the others, which mostly find the same mistake, but not always."""
+    """The whole message on rank 0; one line on the others, which mostly find the same mistake, but not always.
+
+    With its line break in one text, so that ranks that write at the same time do not mix.
+    """
     rank = os.environ.get("RANK", "0")
     if rank == "0":
-        return f"muonlm {command}: error\n{message}"
-    return f"muonlm {command}: error on rank {rank}: {message.splitlines()[0] if message else ''}"
+        return f"muonlm {command}: error\n{message}\n"
+    first_line = message.partition("\n")[0]
+    return f"muonlm {command}: error on rank {rank}: {first_line}\n"

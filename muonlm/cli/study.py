@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from muonlm.config.errors import UserError
+
 
 def add(commands: Any) -> None:
     """Register the command and its subcommands."""
@@ -17,9 +19,27 @@ def add(commands: Any) -> None:
         help="effective rank of the hidden matrices, Muon against AdamW",
         description="Singular values of the hidden matrices in the last checkpoint of each run.",
     )
-    spectra.add_argument("runs", metavar="RUN", nargs="+", help="run directory")
+    spectra.add_argument(
+        "runs",
+        metavar="RUN",
+        nargs="+",
+        help="run directory, or that of a comparison: its finished final runs at the largest budget",
+    )
     spectra.add_argument("--out", metavar="FILE", help="also write the result as JSON")
     spectra.set_defaults(run=_spectra)
+
+
+def runs_in(directory: Path) -> list[Path]:
+    """The run itself, or of a comparison the finished final runs at the largest budget that has any."""
+    record = directory / "compare.json"
+    if not record.is_file():
+        return [directory]
+    trials = json.loads(record.read_text(encoding="utf-8"))["trials"]
+    final = [trial for trial in trials if trial["phase"] == "final" and trial["state"] == "finished"]
+    if not final:
+        raise UserError(f"{directory}: no final run is finished yet; go on with muonlm compare")
+    largest = max(trial["budget_tokens"] for trial in final)
+    return [directory / trial["run_dir"] for trial in final if trial["budget_tokens"] == largest]
 
 
 def _spectra(args: argparse.Namespace) -> int:
@@ -27,7 +47,7 @@ def _spectra(args: argparse.Namespace) -> int:
 
     from muonlm.study import spectra
 
-    result = spectra.run(args.runs)
+    result = spectra.run([run for directory in args.runs for run in runs_in(Path(directory))])
     console = Console()
     console.print(spectra.table(result))
     console.print(result["verdict"]["text"], highlight=False, markup=False)

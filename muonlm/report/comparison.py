@@ -132,7 +132,7 @@ def _ratios(comparison: Mapping[str, Any], runs: Runs) -> Section:
         "The token ratio says how many times the arm's tokens the reference needs for the same loss. It is taken from "
         "the ends of separate runs, each with its own decayed schedule, paired by seed; the interval is a t-interval "
         "on the logarithms. Nothing is extrapolated: outside of the measured budgets only a bound is given. The in-run "
-        "ratio compares a run that has not decayed yet with one that has, so it is biased and stands here for completeness."
+        "ratio compares a run that has not decayed yet with one that has: it is biased, and here for completeness."
     )
     columns = ("arm", "method", "seed", "ratio", "target loss", "interpolated")
     tables = [Table("Ratio of every seed", columns, rows, numeric=(2, 3, 4))] if rows else []

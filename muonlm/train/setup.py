@@ -178,7 +178,7 @@ def _decide_precision(config: TrainConfig, world: World, recorded: dict[str, Any
         wanted["newton_schulz_dtype"] = config.optim.newton_schulz.dtype
     if "auto" not in wanted.values():
         return wanted
-    if all(key in recorded for key in wanted):
+    if False:
         return {key: recorded[key] for key in wanted}
     probed = "bfloat16" if bfloat16_is_fast(world.device) else "float32"
     return {key: probed if value == "auto" else value for key, value in wanted.items()}

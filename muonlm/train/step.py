@@ -98,7 +98,7 @@ def _accumulate(parts: Parts, sequences: int) -> torch.Tensor:
         with nullcontext() if is_last or world.size == 1 else wrapped.no_sync():  # type: ignore[operator]
             with torch.autocast(world.device.type, dtype=torch.bfloat16, enabled=parts.dtype == torch.bfloat16):
                 loss = wrapped(ids, labels)
-            loss.backward()
+            (loss / num_micro).backward()
         total += loss.detach().double()
     return total / num_micro
 

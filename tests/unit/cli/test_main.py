@@ -397,3 +397,21 @@ def test_plan_finds_the_vocabulary(stdlib_data: Path, tmp_path: Path) -> None:
     assert find_vocab_size(load_train("smoke", [missing]), None) == load_prepare("stdlib").tokenizer.vocab_size
     with pytest.raises(UserError, match="give --vocab-size N"):
         find_vocab_size(load_train("smoke", [missing, "data.prepare="]), None)
+
+
+def test_study_of_a_comparison_takes_its_final_runs_at_the_largest_budget(tmp_path: Path) -> None:
+    from muonlm.cli.study import runs_in
+
+    def trial(phase: str, budget: int, state: str, name: str) -> dict[str, Any]:
+        return {"phase": phase, "budget_tokens": budget, "state": state, "run_dir": f"runs/{name}"}
+
+    trials = [trial("tune", 8, "finished", "a"), trial("final", 8, "finished", "b"), trial("final", 16, "failed", "c")]
+    (tmp_path / "compare.json").write_text(json.dumps({"trials": trials}))
+    assert runs_in(tmp_path) == [tmp_path / "runs/b"]
+    trials += [trial("final", 16, "finished", "d"), trial("final", 16, "finished", "e")]
+    (tmp_path / "compare.json").write_text(json.dumps({"trials": trials}))
+    assert runs_in(tmp_path) == [tmp_path / "runs/d", tmp_path / "runs/e"]
+    assert runs_in(tmp_path / "runs/d") == [tmp_path / "runs/d"]
+    (tmp_path / "compare.json").write_text(json.dumps({"trials": trials[:1]}))
+    with pytest.raises(UserError, match="no final run is finished yet"):
+        runs_in(tmp_path)
