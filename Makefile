@@ -34,7 +34,6 @@ demo: $(run_stamp) ## Muon against AdamW on this machine's CPU, from text to HTM
 	@if $(py) -c 'import json, sys; sys.exit(json.load(open("runs/demo/compare.json"))["state"] != "finished")' \
 		2>/dev/null; then echo "runs/demo is finished already; to measure again: rm -r runs/demo && make demo"; fi
 	$(muonlm) compare demo
-	$(muonlm) report runs/demo
 	@echo "Report, to open in a browser: $(CURDIR)/runs/demo/report.html"
 
 test: $(dev_stamp) ## The fast tests

@@ -36,8 +36,11 @@ def run(args: argparse.Namespace) -> int:
     result = compare(config)
     if result["state"] == "interrupted":
         return 130  # `compare` has said how to go on
-    from muonlm.report.build import build_report
+    from rich.console import Console
 
-    print(result["verdict"]["text"])
+    from muonlm.report.build import build_report
+    from muonlm.report.summary import summary
+
+    Console().print(summary(result))
     print(f"report: {build_report(config.resolved_output_dir)}")
     return 0

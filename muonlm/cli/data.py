@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from muonlm.cli.parser import add_config
 from muonlm.config.errors import UserError
-
-if TYPE_CHECKING:
-    from muonlm.config.schema import DataConfig
 
 
 def add(commands: Any) -> None:
@@ -35,27 +31,6 @@ def add(commands: Any) -> None:
     verify = actions.add_parser("verify", help="check every shard of a prepared data set against its checksum")
     verify.add_argument("path", metavar="PATH", help="directory of a prepared data set")
     verify.set_defaults(run=_verify)
-
-
-def prepare_if_missing(data: DataConfig) -> None:
-    """Prepare `data.path` by the config `data.prepare` names, where both are so; every rank may call it at once.
-
-    `prepare` locks the directory: the first rank works, the others wait for it and find the work done.
-    """
-    if data.prepare is None:
-        return
-    from muonlm.config.load import load_prepare
-    from muonlm.data.manifest import MANIFEST_NAME
-
-    if (Path(data.path) / MANIFEST_NAME).is_file():
-        return
-    from muonlm.data.prepare import prepare
-
-    config = load_prepare(data.prepare, [f"output={data.path}"])
-    is_main = os.environ.get("RANK", "0") == "0"
-    if is_main:
-        print(f"{data.path} is not there yet; preparing it by the data config {data.prepare}", flush=True)
-    prepare(config, progress=is_main)
 
 
 def _prepare(args: argparse.Namespace) -> int:

@@ -26,16 +26,13 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prepare the data if it is missing and told how, then train."""
+    """Train, or go on."""
     from muonlm.config.load import dump_toml, load_train
 
     config = load_train(args.config, args.overrides)
     if args.dry_run:
         print(dump_toml(config), end="")
         return 0
-    from muonlm.cli.data import prepare_if_missing
-
-    prepare_if_missing(config.data)
     from muonlm.train.loop import train
 
     status = train(config, fresh=args.fresh)

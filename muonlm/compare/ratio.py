@@ -17,7 +17,7 @@ from muonlm.track.ratio import first_crossing
 
 Method = Literal["budget", "in_run"]
 
-MAX_BUDGET_STEP = 1.33
+MAX_BUDGET_STEP = 4 / 3
 """Adjacent budgets further apart than this factor make linear interpolation of the convex loss curve visibly wrong."""
 
 

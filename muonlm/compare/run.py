@@ -27,6 +27,7 @@ from muonlm.config.compare import CompareConfig
 from muonlm.config.errors import UserError
 from muonlm.config.load import apply_overrides, dump_toml, validate
 from muonlm.config.schema import TrainConfig
+from muonlm.data.prepare import prepare_if_missing
 
 SCHEMA_VERSION = 1
 
@@ -102,7 +103,7 @@ class _Comparison:
         (self.directory / "config.toml").write_text(dump_toml(self.config))
         pending = self._pending()
         if pending:
-            prepare_data(self.base)
+            prepare_if_missing(self.base.data)
         total = sum(arm.total_tokens for arm in self.arms)
         done = sum(trial.budget_tokens for trial in self._runs() if trial.point in self.outcomes)
         with Display(self.config.name, total, done, console) as display:
@@ -255,16 +256,6 @@ class _Comparison:
                     "Choose another name or output_dir, or remove that directory. Grids, seeds and budgets may change."
                 )
         return old
-
-
-def prepare_data(config: TrainConfig) -> None:
-    """Prepare the data once, before several runs find at the same time that it is missing."""
-    if config.data.prepare is None or (Path(config.data.path) / "manifest.json").exists():
-        return
-    from muonlm.config.load import load_prepare
-    from muonlm.data.prepare import prepare
-
-    prepare(load_prepare(config.data.prepare).model_copy(update={"output": config.data.path}))
 
 
 def _fixed(train: dict[str, Any]) -> dict[str, Any]:

@@ -96,13 +96,13 @@ def _gaps(entry: Mapping[str, Any]) -> list[str]:
     wide = [
         s["gap"]
         for s in entry["per_seed"]
-        if s["interpolated"] == "reference" and (s["gap"] or 0) > MAX_BUDGET_STEP * 1.001
+        if s["interpolated"] == "reference" and (s["gap"] or 0) > MAX_BUDGET_STEP * 1.01
     ]
     if not wide or (entry["high"] or 0) < 1:
         return []
     return [
         f"The reference was interpolated between budgets {max(wide):.2f} times apart, which inflates the ratio; "
-        f"add budgets in between (at most {MAX_BUDGET_STEP} times apart)."
+        f"add budgets in between (at most {MAX_BUDGET_STEP:.2f} times apart)."
     ]
 
 
@@ -131,12 +131,12 @@ def _remarks(entry: Mapping[str, Any], arm: str, reference: str) -> list[str]:
             f"In training time on this machine, {reference} takes {clock['mean']:.2f} times as long as {arm}{interval}."
         )
     wide = [
-        s["gap"] for s in entry["per_seed"] if s["interpolated"] == "arm" and (s["gap"] or 0) > MAX_BUDGET_STEP * 1.001
+        s["gap"] for s in entry["per_seed"] if s["interpolated"] == "arm" and (s["gap"] or 0) > MAX_BUDGET_STEP * 1.01
     ]
     if wide:
         remarks.append(
             f"The budgets of {arm} around the crossing are {max(wide):.2f} times apart (better at most "
-            f"{MAX_BUDGET_STEP}): the ratio is understated, because straight lines lie above a convex curve."
+            f"{MAX_BUDGET_STEP:.2f}): the ratio is understated, because straight lines lie above a convex curve."
         )
     return remarks
 

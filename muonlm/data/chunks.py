@@ -57,7 +57,7 @@ def is_validation(digest: bytes, seed: int, fraction: float) -> bool:
 class TrainingTexts:
     """The texts of the train split from the start of the source, `train_bytes` at most; iterated once."""
 
-    def __init__(self, config: PrepareConfig, source: TextSource):
+    def __init__(self, config: PrepareConfig, source: TextSource) -> None:
         self.config, self.source = config, source
         self.num_documents = self.num_seen = 0
 
@@ -79,7 +79,7 @@ class TrainingTexts:
 class Chunk:
     """The documents of one chunk: text only until a batch is full, then packed tokens."""
 
-    def __init__(self, encoder: Encoder, config: PrepareConfig):
+    def __init__(self, encoder: Encoder, config: PrepareConfig) -> None:
         self.encoder, self.config = encoder, config
         self.tokens: dict[SplitName, list[np.ndarray]] = {split: [] for split in SPLITS}
         self.split_bytes: dict[SplitName, int] = dict.fromkeys(SPLITS, 0)

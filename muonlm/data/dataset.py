@@ -22,7 +22,7 @@ class TokenDataset:
     is a target once. Sequences may cross documents and shards. Tokens stay on disk until they are asked for.
     """
 
-    def __init__(self, manifest: Manifest, split: SplitRecord, shards: list[np.ndarray], seq_len: int):
+    def __init__(self, manifest: Manifest, split: SplitRecord, shards: list[np.ndarray], seq_len: int) -> None:
         self.seq_len = seq_len
         self.num_tokens = split.num_tokens
         self.num_documents = split.num_documents

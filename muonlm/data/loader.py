@@ -26,7 +26,7 @@ class BatchOrder:
     they fall below n (cycle walking), which keeps it a bijection for every n.
     """
 
-    def __init__(self, num_sequences: int, seed: int):
+    def __init__(self, num_sequences: int, seed: int) -> None:
         if num_sequences < 1:
             raise ValueError(f"num_sequences is {num_sequences}; an order needs at least one sequence")
         self.num_sequences = num_sequences

@@ -71,6 +71,7 @@ def identity(config: PrepareConfig) -> dict[str, Any]:
 
 
 def check_same(before: dict[str, Any], now: dict[str, Any], output: Path, what: str) -> None:
+    """Raise UserError that lists every key of `what` in which `now` differs from what made `output` before."""
     old, new = _flat(before), _flat(now)
     changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     if changed:
@@ -98,6 +99,7 @@ def discard(output: Path) -> None:
 
 
 def to_json(value: Any) -> bytes:
+    """Indented UTF-8 JSON with a last newline."""
     return (json.dumps(value, indent=1) + "\n").encode("utf-8")
 
 

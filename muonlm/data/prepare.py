@@ -30,6 +30,8 @@ from tokenizers import Tokenizer
 
 from muonlm.config.data import PrepareConfig
 from muonlm.config.errors import UserError
+from muonlm.config.load import load_prepare
+from muonlm.config.schema import DataConfig
 from muonlm.data.chunks import Chunk, ChunkRecord, TokenizerRecord, TrainingTexts
 from muonlm.data.manifest import MANIFEST_NAME, SPLITS, TOKENIZER_NAME, Manifest, ShardRecord, SplitName, SplitRecord
 from muonlm.data.output import (
@@ -67,10 +69,23 @@ def prepare(config: PrepareConfig, *, progress: bool = True) -> Manifest:
         return manifest
 
 
+def prepare_if_missing(data: DataConfig, *, progress: bool = True) -> None:
+    """Prepares `data.path` by the data config that `data.prepare` names, where it is named and the data is missing.
+
+    Every rank may call it at once, before there is a process group: the first one works, the others wait for it. Only
+    one of them should show `progress`.
+    """
+    if data.prepare is None or (Path(data.path) / MANIFEST_NAME).is_file():
+        return
+    if progress:
+        print(f"{data.path} is not there yet; preparing it by the data config {data.prepare}", flush=True)
+    prepare(load_prepare(data.prepare, [f"output={data.path}"]), progress=progress)
+
+
 class _Preparation:
     """One run of the pipeline over one output directory."""
 
-    def __init__(self, config: PrepareConfig, source: TextSource, output: Path, meter: _Meter):
+    def __init__(self, config: PrepareConfig, source: TextSource, output: Path, meter: _Meter) -> None:
         self.config, self.source, self.output, self.meter = config, source, output, meter
         self.partial = output / PARTIAL_NAME
 
@@ -223,7 +238,7 @@ class _Preparation:
 class _Meter:
     """Where the work stands, on the terminal."""
 
-    def __init__(self, display: Progress, task: TaskID):
+    def __init__(self, display: Progress, task: TaskID) -> None:
         self.display, self.task = display, task
 
     def stage(self, text: str) -> None:

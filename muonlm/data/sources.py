@@ -69,7 +69,9 @@ class TextSource(ABC):
 class LocalFiles(TextSource):
     """Text, JSON lines or Parquet files, read in the sorted order of their names."""
 
-    def __init__(self, kind: str, paths: list[Path], text_field: str = "text", about: dict[str, Any] | None = None):
+    def __init__(
+        self, kind: str, paths: list[Path], text_field: str = "text", about: dict[str, Any] | None = None
+    ) -> None:
         self.kind = kind
         self.paths = paths
         self.text_field = text_field
@@ -162,7 +164,7 @@ READERS: dict[str, Callable[[Path, FileOffset | None, str], Iterator[tuple[Docum
 class HubDataset(TextSource):
     """A data set that `datasets` streams, from the hub, a local directory, or a directory of `save_to_disk`."""
 
-    def __init__(self, config: HubSource):
+    def __init__(self, config: HubSource) -> None:
         self.config = config
         self.data = _load_dataset(config)
         self._number = 0

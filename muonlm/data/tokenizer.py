@@ -119,7 +119,7 @@ def pieces(text: str) -> Iterator[str]:
 class Encoder:
     """Text to token ids, every document ended by the end-of-text token; on the threads of `tokenizers`."""
 
-    def __init__(self, tokenizer: Tokenizer, end_of_text: str):
+    def __init__(self, tokenizer: Tokenizer, end_of_text: str) -> None:
         # A saved tokenizer may carry truncation or padding, which would drop text or add tokens without a word.
         tokenizer.no_truncation()
         tokenizer.no_padding()

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from muonlm.model.layers import rope_tables, upcast
 
-ROW_BLOCK = 128  # queries whose scores are computed together
+ROW_BLOCK = 64  # queries whose scores are computed together
 
 
 class Heads(NamedTuple):

@@ -51,8 +51,8 @@ class _RMSNorm(torch.autograd.Function):
         x_BTD, weight_D, rstd = ctx.saved_tensors
         x, size = upcast(x_BTD), x_BTD.size(-1)
         grad = grads[0].to(x.dtype)
-        product_ND = (grad * x).view(-1, size)
-        grad_weight = product_ND.t().mv(rstd.view(-1))
+        product_ND = (grad * x).reshape(-1, size)
+        grad_weight = product_ND.t().mv(rstd.reshape(-1))
         # dx = r*w*g - x * r^3/D * sum(w*g*x); the sum over D is a matrix-vector product.
         along_x = product_ND.mv(weight_D.to(x.dtype)).view_as(rstd).mul_(rstd.pow(3)).div_(-size)
         grad_x = (grad * weight_D).mul_(rstd).addcmul_(x, along_x)

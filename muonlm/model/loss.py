@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from muonlm.model.layers import compute_dtype, upcast
 
-CHUNK_ROWS = 256
+CHUNK_ROWS = 512
 
 
 def linear_cross_entropy(x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, chunk_rows: int = CHUNK_ROWS) -> Tensor:

@@ -13,7 +13,7 @@ from muonlm.config.schema import GPTConfig, MuonConfig, TrainConfig
 from muonlm.model.flops import count_parameters, flops_per_token, hidden_matrices
 
 FP32_BYTES = 4
-ROW_BLOCK = 128  # of muonlm.model.attention, which imports torch; a test holds the two equal
+ROW_BLOCK = 64  # of muonlm.model.attention, which imports torch; a test holds the two equal
 
 
 @dataclass(frozen=True)

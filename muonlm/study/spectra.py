@@ -94,7 +94,7 @@ def _measure(run_dir: Path) -> dict[str, Any]:
     by_kind: dict[str, list[dict[str, float]]] = defaultdict(list)
     for name, kind in names.items():
         weight = weights[f"model.{name}"]
-        values = {"": torch.linalg.svdvals(weight), "update_": torch.linalg.svdvals(weight)}
+        values = {"": torch.linalg.svdvals(weight), "update_": torch.linalg.svdvals(weight - initial[name])}
         by_kind[kind].append(
             {f"{prefix}effective_rank": effective_rank(s) for prefix, s in values.items()}
             | {f"{prefix}stable_rank": stable_rank(s) for prefix, s in values.items()}

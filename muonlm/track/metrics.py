@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ class MetricsWriter:
 
     def write(self, kind: str, record: Mapping[str, Any]) -> None:
         """Append one record of `kind` "train", "eval" or "event". Raises ValueError for NaN and infinity."""
-        line = json.dumps({"schema": SCHEMA_VERSION, "kind": kind, **record}, allow_nan=False)
+        stamp = round(time.time(), 3)
+        line = json.dumps({"schema": SCHEMA_VERSION, "kind": kind, "unix_s": stamp, **record}, allow_nan=False)
         self._file.write(line + "\n")
         self._file.flush()
 

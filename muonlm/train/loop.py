@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from dataclasses import asdict
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 
 from muonlm.checkpoint import store
 from muonlm.config.schema import TrainConfig
+from muonlm.data.prepare import prepare_if_missing
 from muonlm.dist import process
 from muonlm.dist.agree import on_main, raised_on_all_ranks
 from muonlm.dist.process import World
@@ -33,6 +35,8 @@ def train(config: TrainConfig, *, fresh: bool = False) -> RunStatus:
     SIGUSR1, on any rank, save a checkpoint after the step under way and return a "preempted" status on all ranks.
     Raises UserError for wrong input (before the first step), a full disk, and a loss or gradient that is not finite.
     """
+    # Before there is a process group, whose timeout a long preparation would overrun.
+    prepare_if_missing(config.data, progress=os.environ.get("RANK", "0") == "0")
     with StopSignals() as stop:
         world = process.start(config.dist, config.loop.device)
         try:

@@ -17,12 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import muonlm
 from muonlm.config.errors import UserError
-from muonlm.config.load import load_prepare
-from muonlm.config.schema import DataConfig, TrainConfig
+from muonlm.config.schema import TrainConfig
 from muonlm.data.dataset import TokenDataset, open_split
 from muonlm.data.loader import BatchOrder, batch
-from muonlm.data.manifest import MANIFEST_NAME
-from muonlm.data.prepare import prepare
 from muonlm.dist.agree import on_main, raised_on_all_ranks
 from muonlm.dist.precision import bfloat16_is_fast
 from muonlm.dist.process import World
@@ -77,7 +74,6 @@ def build(config: TrainConfig, world: World, recorded: dict[str, Any]) -> Parts:
     if config.loop.threads:
         torch.set_num_threads(config.loop.threads)
     torch.manual_seed(config.seed)
-    on_main(lambda: _prepare_missing_data(config.data))
     train_data, validation_data = _open_data(config, world)
     micro_batch = micro_batch_size(config, world.size)
     decided = on_main(lambda: _decide_precision(config, world, recorded))
@@ -149,13 +145,6 @@ def describe_machine(world: World) -> dict[str, Any]:
     }
 
 
-def _prepare_missing_data(data: DataConfig) -> None:
-    if data.prepare is None or (Path(data.path) / MANIFEST_NAME).exists():
-        return
-    recipe = load_prepare(data.prepare).model_copy(update={"output": data.path})
-    prepare(recipe)
-
-
 def _open_data(config: TrainConfig, world: World) -> tuple[TokenDataset, TokenDataset]:
     """Both splits; checksums are computed by the main rank alone."""
     data = config.data
@@ -178,7 +167,7 @@ def _decide_precision(config: TrainConfig, world: World, recorded: dict[str, Any
         wanted["newton_schulz_dtype"] = config.optim.newton_schulz.dtype
     if "auto" not in wanted.values():
         return wanted
-    if False:
+    if all(key in recorded for key in wanted):
         return {key: recorded[key] for key in wanted}
     probed = "bfloat16" if bfloat16_is_fast(world.device) else "float32"
     return {key: probed if value == "auto" else value for key, value in wanted.items()}
@@ -207,7 +196,7 @@ def _wrap(model: nn.Module, world: World) -> nn.Module:
 
 
 def _settle_buckets(parts: Parts) -> None:
-    """One forward and backward pass whose gradients are thrown away, when there are several ranks.
+    """Two forward and backward passes whose gradients are thrown away, when there are several ranks.
 
     DistributedDataParallel lays its gradient buckets out anew after the first backward pass. With three or more
     ranks the layout decides in which order a sum is rounded, so that the first step after a restart would differ

@@ -150,18 +150,19 @@ def test_recorded_precision_outlives_the_probe(make_config, monkeypatch) -> None
     assert (environment["precision"], environment["newton_schulz_dtype"]) == ("float32", "float32")
 
 
-def test_second_interrupt_kills_but_not_the_echo_of_the_first(run_ranks) -> None:
+def test_second_interrupt_kills_but_not_the_echo_of_the_first(run_ranks, tmp_path) -> None:
     def one_rank(rank, size):
         with StopSignals() as stop:
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
-            assert stop.name == "SIGINT"
+            (tmp_path / "alive").write_text(str(stop.name))
             stop._interrupted_at -= 2.0
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(5)
 
     with pytest.raises(RuntimeError, match="exit code -2"):
         run_ranks(one_rank, 1, join=False)
+    assert (tmp_path / "alive").read_text() == "SIGINT"
 
 
 def test_handlers_are_restored_and_absent_outside_the_main_thread() -> None:

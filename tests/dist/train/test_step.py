@@ -13,6 +13,7 @@ import torch
 from muonlm.checkpoint import store
 from muonlm.dist import process
 from muonlm.optim.clip import NonFiniteGradient
+from muonlm.train import loop
 from muonlm.train.loop import train
 from muonlm.train.setup import build, micro_batch_size
 from muonlm.train.step import Diverged, take_step
@@ -111,6 +112,24 @@ def test_a_diverging_run_fails_and_saves_nothing_bad(make_config, final_state, l
     assert status["error"].startswith("Diverged: step ")
     if store.latest(config.resolved_run_dir) is not None:
         assert not [name for name, tensor in final_state(config).items() if not bool(tensor.isfinite().all())]
+
+
+def test_a_state_that_went_bad_between_records_is_not_saved(make_config, monkeypatch) -> None:
+    config = make_config(**{"track.interval_steps": 100, "checkpoint.interval_steps": 2})
+
+    def poisoning(parts, step, sequences, **flags):
+        result = take_step(parts, step, sequences, **flags)
+        if step == 3:
+            with torch.no_grad():
+                parts.model.model.norm.weight[0] = math.inf
+        return result
+
+    monkeypatch.setattr(loop, "take_step", poisoning)
+    with pytest.raises(Diverged, match=r"step 4: model\.norm\.weight is not finite after the update"):
+        train(config)
+    saved = store.latest(config.resolved_run_dir)
+    assert saved is not None
+    assert saved.name == "step_00000002"
 
 
 def test_a_stop_on_one_rank_is_known_to_all(make_config, run_ranks) -> None:

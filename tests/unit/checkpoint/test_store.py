@@ -103,10 +103,10 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, caplog, dama
             os.truncate(marker, marker.stat().st_size // 2)
     assert store.latest(tmp_path) == tmp_path / "checkpoints" / "step_00000001"
     assert "step_00000002 is incomplete" in caplog.text
-    # The one that is whole stays, though the damaged one is newer.
-    store.save(tmp_path, 2, model, optimizer, {"step": 2}, keep=2)
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_00000001", "step_00000002"]
-    assert store.latest(tmp_path) == newest
+    # The one that is whole counts, though the damaged one is newer.
+    saved = store.save(tmp_path, 3, model, optimizer, {"step": 3}, keep=2)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_00000001", "step_00000003"]
+    assert store.latest(tmp_path) == saved
 
 
 def test_no_checkpoint(tmp_path) -> None:

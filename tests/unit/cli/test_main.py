@@ -97,7 +97,7 @@ def test_every_help_fits_100_columns(words: list[str], capsys: pytest.CaptureFix
         (["compare"], "arms.aux_lr (required)"),
         (["data", "prepare"], "tokenizer.vocab_size ="),
     ],
-    ids=str,
+    ids=["train", "compare", "data"],
 )
 def test_help_ends_with_the_keys_of_its_config(words: list[str], key: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"\n  {key} " in help_of(capsys, *words)
@@ -128,7 +128,7 @@ def test_every_command_says_what_runs_it() -> None:
 @pytest.mark.parametrize(
     ("command", "load"),
     [(["train", "smoke"], load_train), (["data", "prepare", "stdlib"], load_prepare)],
-    ids=str,
+    ids=["train", "data"],
 )
 def test_dry_run_prints_the_config_and_stops(
     command: list[str], load: Callable[..., Any], capsys: pytest.CaptureFixture[str], tmp_path: Path
@@ -166,33 +166,6 @@ def test_train_says_how_it_ended(fake_loop: list[Any], capsys: pytest.CaptureFix
     assert capsys.readouterr().out == (
         "preempted at step 7, 3,584 tokens: runs/stopped\nrepeat the same command to go on\n"
     )
-
-
-def test_train_prepares_data_that_is_missing_and_nothing_else(
-    fake_loop: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    calls: list[tuple[PrepareConfig, bool]] = []
-
-    def prepare(config: PrepareConfig, *, progress: bool = True) -> None:
-        calls.append((config, progress))
-        Path(config.output).mkdir(exist_ok=True)
-        (Path(config.output) / "manifest.json").write_text("{}")
-
-    put_module(monkeypatch, "muonlm.data.prepare", prepare=prepare)
-    path = tmp_path / "elsewhere"
-    assert main(["train", "smoke", f"data.path={path}"]) == 0
-    ((config, progress),) = calls
-    assert (config.output, config.source.kind, progress) == (str(path), "python-stdlib", True)
-    assert main(["train", "smoke", f"data.path={path}"]) == 0
-    assert len(calls) == 1
-    # An unfinished directory is finished; the other ranks show no progress.
-    (path / "manifest.json").unlink()
-    monkeypatch.setenv("RANK", "1")
-    assert main(["train", "smoke", f"data.path={path}"]) == 0
-    assert calls[1][1] is False
-    assert main(["train", "smoke", f"data.path={tmp_path / 'none'}", "data.prepare="]) == 0
-    assert len(calls) == 2
-    assert len(fake_loop) == 4
 
 
 def test_user_errors_are_printed_once_and_exit_with_2(
@@ -286,6 +259,7 @@ def test_compare_passes_config_and_prints_the_report(
     state = {"state": "finished", "verdict": {"text": "A beats B."}}
     put_module(monkeypatch, "muonlm.compare.run", compare=lambda config: state)
     put_module(monkeypatch, "muonlm.report.build", build_report=lambda directory: Path(directory) / "report.html")
+    put_module(monkeypatch, "muonlm.report.summary", summary=lambda comparison: comparison["verdict"]["text"])
     assert main(["compare", str(config)]) == 0
     assert capsys.readouterr().out == f"A beats B.\nreport: {tmp_path / 'out' / 'report.html'}\n"
     state["state"] = "interrupted"

@@ -8,7 +8,10 @@ from types import ModuleType
 
 import pytest
 
+from muonlm.compare.analysis import eval_curve
+from muonlm.compare.ratio import SeedRatio, summarise
 from muonlm.compare.run import compare
+from muonlm.compare.verdict import decide
 from muonlm.config.errors import UserError
 
 
@@ -116,6 +119,26 @@ def test_a_bad_reference_budget_leaves_the_ratio_censored(synthetic: ModuleType,
 
 def test_equal_optimizers_are_no_saving(synthetic: ModuleType, training, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(synthetic, "RATIO", 1.0)
-    result = compare(synthetic.make_config(tmp_path))
-    assert budget(result)["mean"] == pytest.approx(1)
+    monkeypatch.setattr(synthetic, "NOISE", 0.004)
+    reference = {"budgets_tokens": [786432, 917504, 1048576]}
+    result = compare(synthetic.make_config(tmp_path, **reference))
+    assert budget(result)["low"] < 1 < budget(result)["high"]
     assert result["verdict"]["reproduced"] is False
+    assert "the interval includes 1" in result["verdict"]["text"]
+
+
+def test_in_run_curves_leave_out_an_evaluation_on_other_sequences() -> None:
+    common = {"kind": "eval", "step": 1}
+    small = [common | {"tokens": t, "loss": loss, "eval_tokens": 64} for t, loss in ((0, 9.0), (10, 5.0), (20, 4.0))]
+    records = [*small, {"kind": "train", "tokens": 20}, common | {"tokens": 20, "loss": 3.0, "eval_tokens": 512}]
+    assert eval_curve(records) == {10: 5.0, 20: 4.0}
+
+
+@pytest.mark.parametrize(("interpolated", "reproduced"), [("arm", True), ("reference", None)])
+def test_wide_gaps_forbid_the_claim_only_where_they_flatter_the_arm(interpolated: str, reproduced: bool | None) -> None:
+    best = {"lr": 2.0, "aux_lr": 2.0, "lr_is_interior": True, "aux_lr_is_interior": True}
+    arms = [{"name": name, "lr": [1.0, 2.0, 3.0], "aux_lr": [1.0, 2.0, 3.0], "best": best} for name in "ab"]
+    seeds = [SeedRatio(seed, ratio, interpolated=interpolated, gap=1.5) for seed, ratio in ((0, 1.2), (1, 1.21))]  # type: ignore[arg-type]
+    verdict = decide([summarise("b", "budget", seeds, [1.0, 1.0])], arms, "a", "")
+    assert verdict["reproduced"] is reproduced
+    assert "1.50 times apart" in verdict["text"]

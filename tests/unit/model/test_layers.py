@@ -98,3 +98,14 @@ def test_matmul_attention_under_autocast_is_as_close_as_sdpa() -> None:
     assert [t.dtype for t in got] == [torch.bfloat16, torch.float32, torch.float32]
     for ours, reference in zip(got, want):
         assert (ours.float() - reference).norm() < 0.02 * reference.norm()
+
+
+def test_gradients_that_are_not_contiguous() -> None:
+    x, upstream = randn(3, 4, 6), randn(6, 4, 3).detach().permute(2, 1, 0)
+    norm = RMSNorm(6, 1e-3).double()
+    want = torch.autograd.grad(F.rms_norm(x, (6,), norm.weight, 1e-3), x, upstream)[0]
+    assert torch.allclose(torch.autograd.grad(norm(x), x, upstream)[0], want)
+    heads = Heads(2, 1, 2, 100.0, 1e-3)
+    qkv, weight, upstream = randn(3, 5, 8), randn(2, seed=1), randn(4, 5, 3).detach().permute(2, 1, 0)
+    want = torch.autograd.grad(attention_sdpa(qkv, weight, weight, heads), qkv, upstream)[0]
+    assert torch.allclose(torch.autograd.grad(attention_matmul(qkv, weight, weight, heads), qkv, upstream)[0], want)

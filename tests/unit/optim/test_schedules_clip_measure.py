@@ -76,7 +76,7 @@ def test_clip_zero_and_small_gradients_change_nothing():
 
 def test_non_finite_gradient_is_named_before_anything_moves():
     optimizer, hidden, aux = optimizer_with(float("nan"), 2.0)
-    with pytest.raises(NonFiniteGradient, match="non-finite gradient in w$"):
+    with pytest.raises(NonFiniteGradient, match=r"non-finite gradient in w$"):
         clip_gradients(optimizer, 1.0)
     assert torch.equal(aux.grad, torch.full((4,), 2.0))
     assert torch.equal(hidden, torch.ones(2, 2))

@@ -1,0 +1,41 @@
+"""Every file in configs/ loads, and what it describes can be planned."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from muonlm.cli.main import main
+from muonlm.config.load import load_compare, load_prepare, load_train
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def names(kind: str) -> list[str]:
+    return sorted(path.stem for path in (CONFIGS / kind).glob("*.toml"))
+
+
+def test_every_config_belongs_to_a_kind():
+    loadable = {f"{kind}/{name}.toml" for kind in ("train", "compare", "data") for name in names(kind)}
+    assert {str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*") if path.is_file()} == loadable
+
+
+@pytest.mark.parametrize("name", names("train"))
+def test_train_configs_can_be_planned(name: str, capsys: pytest.CaptureFixture[str]):
+    assert load_train(name).name == name
+    assert main(["plan", name, "--vocab-size", str(load_train(name).model.vocab_size or 1024)]) == 0
+    assert "FLOP" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", names("compare"))
+def test_compare_configs_tune_both_arms_alike(name: str):
+    config = load_compare(name)
+    assert len({(len(arm.lr), len(arm.aux_lr)) for arm in config.arms}) == 1
+    if name == "demo":
+        assert all(len(arm.lr) >= 3 and len(arm.aux_lr) >= 3 for arm in config.arms)
+
+
+@pytest.mark.parametrize("name", names("data"))
+def test_data_configs_load(name: str):
+    assert load_prepare(name).output == f"data/{name}"
