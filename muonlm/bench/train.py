@@ -110,7 +110,7 @@ def _config(name: str, run_dir: str, steps: int, threads: int, kind: str) -> Tra
         name,
         [
             *(f"run_dir={run_dir}", f"loop.steps={steps}", f"loop.threads={threads}", f"optim.kind={kind}"),
-            *("track.console=false", "track.interval_steps=10", "eval.interval_steps=0", "eval.final_tokens=1"),
+            *("track.console=false", "track.interval_steps=10", "eval.interval_steps=0", "eval.final_tokens=1024"),
         ],
     )
 
