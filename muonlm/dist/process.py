@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -38,6 +39,8 @@ def start(config: DistConfig, device: str = "auto") -> World:
     rank, size, local_rank = (_env_int(name, default) for name, default in _TORCHRUN)
     torch_device = _pick_device(device, local_rank)
     _refuse_silent_copies(size)
+    if torch_device.type == "cpu":
+        _keep_freed_memory()
     if size == 1:
         return World(0, 1, local_rank, torch_device, None)
     backend = config.backend if config.backend != "auto" else ("nccl" if torch_device.type == "cuda" else "gloo")
@@ -87,6 +90,22 @@ def _pick_device(device: str, local_rank: int) -> torch.device:
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
+
+
+def _keep_freed_memory() -> None:
+    """Tell glibc to keep freed memory for the next step, where it would give large blocks back to the kernel.
+
+    Activations are freed and allocated again in every step; without this, mapping their pages anew costs a tenth of
+    it. Does nothing with another C library.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for option, value in _KEEP_MEMORY.items():
+            mallopt(option, value)
+
+
+# Options of mallopt(3): M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD, in bytes.
+_KEEP_MEMORY = {-3: 1 << 30, -1: 2**31 - 1, -2: 1 << 28}
 
 
 def _refuse_silent_copies(size: int) -> None:
