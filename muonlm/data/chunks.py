@@ -54,6 +54,11 @@ def is_validation(digest: bytes, seed: int, fraction: float) -> bool:
     return int.from_bytes(hashed[:8], "little") < fraction * 2**64
 
 
+def has_text(text: str) -> bool:
+    """False for an empty document, and for one of white space alone."""
+    return bool(text) and not text.isspace()
+
+
 class TrainingTexts:
     """The texts of the train split from the start of the source, `train_bytes` at most; iterated once."""
 
@@ -66,8 +71,10 @@ class TrainingTexts:
         self.source.seek(None)
         for text, origin in self.source:
             digest = document_digest(text, origin)
-            self.num_seen += bool(text)
-            if text and not is_validation(digest, self.config.seed, self.config.validation_fraction):
+            if not has_text(text):
+                continue
+            self.num_seen += 1
+            if not is_validation(digest, self.config.seed, self.config.validation_fraction):
                 self.num_documents += 1
                 raw = text.encode("utf-8")
                 yield text if len(raw) <= left else raw[:left].decode("utf-8", errors="ignore")
@@ -91,7 +98,7 @@ class Chunk:
 
     def add(self, document: Document) -> int:
         """Takes one document; returns its size in bytes. Empty ones are counted and left out."""
-        if not document.text:
+        if not has_text(document.text):
             self.num_skipped += 1
             return 0
         digest = document_digest(*document)
