@@ -340,13 +340,9 @@ def test_doctor_names_what_is_broken_and_missing(
     assert "Everything" not in printed
 
 
-def test_user_error_in_any_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def run(runs: list[str]) -> None:
-        raise UserError("no checkpoint")
-
-    put_module(monkeypatch, "muonlm.study.spectra", run=run)
-    assert main(["study", "spectra", "a", "b"]) == 2
-    assert capsys.readouterr().err == "muonlm study: error\nno checkpoint\n"
+def test_user_error_in_any_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["study", "spectra", str(tmp_path / "a"), "b"]) == 2
+    assert capsys.readouterr().err.startswith(f"muonlm study: error\n{tmp_path / 'a'} is no run directory")
 
 
 def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
