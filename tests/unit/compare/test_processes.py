@@ -84,7 +84,6 @@ def test_worker_processes_train_and_report_back(command, tmp_path: Path) -> None
     assert "was not tuned" in result["verdict"]["text"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_runs_are_saved_when_the_comparison_is_stopped_or_killed(command, tmp_path: Path, number: int) -> None:
     process = command(20_000_000)
