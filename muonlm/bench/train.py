@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,8 +65,9 @@ def bench_train(name: str, *, steps: int = 60, rounds: int = 3, threads: int = 1
     """
     torch.set_num_threads(threads)
     speeds: dict[str, list[float]] = {OURS: [], OURS_MUON: [], SAME_MODEL: [], STOCK: []}
-    for _ in range(rounds):
+    for number in range(rounds):
         for contender, values in speeds.items():
+            print(f"round {number + 1} of {rounds}: {contender}", file=sys.stderr, flush=True)
             values.append(_RUNNERS[contender](name, steps, threads))
     medians = {contender: statistics.median(values) for contender, values in speeds.items()}
     return {
@@ -76,9 +78,9 @@ def bench_train(name: str, *, steps: int = 60, rounds: int = 3, threads: int = 1
         "tokens_per_s": medians,
         "rounds": speeds,
         "ratios": {
-            "loop": _median_ratio(speeds[OURS], speeds[SAME_MODEL]),
-            "loop and model": _median_ratio(speeds[OURS], speeds[STOCK]),
-            "Muon against AdamW": _median_ratio(speeds[OURS_MUON], speeds[OURS]),
+            "muonlm train / plain loop around muonlm's model": _median_ratio(speeds[OURS], speeds[SAME_MODEL]),
+            "muonlm train / plain loop of stock operators": _median_ratio(speeds[OURS], speeds[STOCK]),
+            "Muon / AdamW, both by muonlm train": _median_ratio(speeds[OURS_MUON], speeds[OURS]),
         },
         "start_s": _start_seconds(name, threads),
     }
@@ -95,8 +97,9 @@ def show(result: dict[str, Any]) -> None:
         rounds = " ".join(f"{value:,.0f}" for value in result["rounds"][contender])
         table.add_row(contender, f"{median:,.0f}", rounds)
     console.print(table)
+    console.print("Tokens per second, medians of the ratios within a round:")
     for what, ratio in result["ratios"].items():
-        console.print(f"{what}: {ratio:.3f}x")
+        console.print(f"  {what}: {ratio:.2f}")
     console.print(f"start to the end of the first step in a fresh process: {result['start_s']:.1f} s")
 
 
@@ -145,7 +148,8 @@ def _plain(stock: bool) -> Callable[[str, int, int], float]:
             if step == warm:
                 begin = time.perf_counter()
             ids, labels = batch(data, order, step * config.loop.batch_size, config.loop.batch_size)
-            with torch.autocast("cpu", torch.bfloat16, enabled=fast):
+            with torch.autocast("cpu", torch.bfloat16, enabled=fast), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # nn.RMSNorm warns that its bf16 input meets an fp32 weight
                 loss = model(ids, labels)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -6,13 +6,13 @@ from typing import Any, Self
 
 from pydantic import model_validator
 
-from muonlm.config.schema import Section, field
+from muonlm.config.schema import NAME_PATTERN, Section, field
 
 
 class ArmConfig(Section):
     """One optimizer setting that competes. Every arm is tuned over `lr` and `aux_lr` with the same number of trials."""
 
-    name: str = field(..., "Name of the arm.", pattern=r"^[A-Za-z0-9._-]+$")
+    name: str = field(..., "Name of the arm.", pattern=NAME_PATTERN)
     set: dict[str, Any] = field({}, "Dotted keys of the train config that this arm changes, e.g. 'optim.kind'.")
     lr: list[float] = field(..., "Learning rates of the hidden matrices to try, ascending.", min_length=1)
     aux_lr: list[float] = field(..., "Learning rates of embedding, head and norms to try, ascending.", min_length=1)
@@ -24,7 +24,7 @@ class ArmConfig(Section):
 class TuneConfig(Section):
     """How learning rates are chosen: along `lr` at the middle `aux_lr`, then along `aux_lr` at the best `lr`."""
 
-    seed: int = field(0, "Seed of the tuning runs.", ge=0)
+    seed: int = field(0, "Seed of the tuning runs.", ge=0, lt=2**63)
     budget_tokens: int | None = field(
         None, "Budget of a tuning run; the largest budget when unset.", unit="tokens", ge=1
     )
@@ -33,7 +33,7 @@ class TuneConfig(Section):
 class CompareConfig(Section):
     """Two or more arms on the same data order. Runs that already finished are not run again."""
 
-    name: str = field(..., "Name of the comparison.", pattern=r"^[A-Za-z0-9._-]+$")
+    name: str = field(..., "Name of the comparison.", pattern=NAME_PATTERN)
     output_dir: str | None = field(None, "Directory of the comparison; runs/<name> when unset.")
     base: str = field(..., "Train config (name or path) that every arm starts from.")
     set: dict[str, Any] = field({}, "Dotted keys of the train config changed for all arms.")

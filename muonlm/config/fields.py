@@ -15,10 +15,10 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from muonlm.config.schema import Section
+from muonlm.config.schema import NAME_PATTERN, Section
 
 _PLURAL = {"whole number": "whole numbers", "number": "numbers", "text": "texts", "table": "tables"}
-_PATTERNS = {r"^[A-Za-z0-9._-]+$": "text of letters, digits, '.', '_' and '-'"}
+_PATTERNS = {NAME_PATTERN: "text of letters, digits, '.', '_' and '-' that starts with none of '.' and '-'"}
 _BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
 

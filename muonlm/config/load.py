@@ -174,7 +174,7 @@ def parse_overrides(model: type[Section], overrides: Sequence[str]) -> Raw:
 
 def _value(text: str, info: FieldInfo | None) -> Any:
     if not text:
-        return None
+        return None if info is not None else ""  # unsets the key; one that is not known stays, and is refused
     is_text = info is not None and not fields.classes(info) and fields.base_text(info.annotation) == "text"
     if is_text and text[0] not in "\"'":
         return text  # a name such as 2026-01-31 or 124 is a date or a number only where one is wanted

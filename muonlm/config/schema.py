@@ -9,6 +9,9 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+# Names become directories, so that `..` and hidden ones are refused.
+NAME_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9._-]*$"
+
 
 class Section(BaseModel):
     """A frozen table that refuses keys it does not know."""
@@ -30,7 +33,7 @@ class DataConfig(Section):
 
     path: str = field(..., "Directory with prepared token shards.")
     prepare: str | None = field(
-        None, "Data config (name or path) that prepares `data.path` when that directory does not exist yet."
+        None, "Data config (name or path) that writes `data.path`, to be run when that directory does not exist yet."
     )
     seq_len: int = field(128, "Context length of one training sequence.", unit="tokens", ge=2)
     verify: Literal["auto", "always", "never"] = field(
@@ -43,7 +46,7 @@ class GPTConfig(Section):
 
     kind: Literal["gpt"] = field("gpt", "Model family.")
     vocab_size: int | None = field(
-        None, "Number of token ids; taken from the data when unset, checked against it when set.", ge=2
+        None, "Number of token ids: that of the data when unset, at least that when set (padding).", ge=2
     )
     num_layers: int = field(4, "Decoder blocks.", ge=1)
     hidden_size: int = field(128, "Width of the residual stream.", ge=2)
@@ -155,7 +158,7 @@ class LoopConfig(Section):
 
     tokens: int | None = field(None, "Training budget; give either this or steps.", unit="tokens", ge=1)
     steps: int | None = field(None, "Training budget; give either this or tokens.", unit="optimizer steps", ge=1)
-    batch_size: int = field(16, "Sequences per optimizer step over all ranks.", unit="sequences", ge=1)
+    batch_size: int = field(16, "Sequences per optimizer step over all ranks.", unit="sequences", ge=1, le=10**7)
     micro_batch_size: int | None = field(
         None, "Sequences per rank and forward pass; unset: the rank's whole share.", unit="sequences", ge=1
     )
@@ -208,14 +211,14 @@ class DistConfig(Section):
     """Process group; torchrun's environment decides rank and world size."""
 
     backend: Literal["auto", "gloo", "nccl"] = field("auto", "auto takes nccl on CUDA, gloo on CPU.")
-    timeout_s: float = field(600.0, "How long a collective may wait before the run stops.", unit="s", gt=0)
+    timeout_s: float = field(600.0, "How long a collective may wait before the run stops.", unit="s", gt=0, le=10**7)
 
 
 class TrainConfig(Section):
     """One training run."""
 
-    name: str = field(..., "Name of the run.", min_length=1, pattern=r"^[A-Za-z0-9._-]+$")
-    seed: int = field(0, "Seeds the initialisation and the data order.", ge=0)
+    name: str = field(..., "Name of the run.", min_length=1, pattern=NAME_PATTERN)
+    seed: int = field(0, "Seeds the initialisation and the data order.", ge=0, lt=2**63)
     run_dir: str | None = field(None, "Run directory; runs/<name> when unset.")
     data: DataConfig = field(..., "Token shards.")
     model: GPTConfig = field(GPTConfig(), "Model.")

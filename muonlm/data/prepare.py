@@ -72,14 +72,22 @@ def prepare(config: PrepareConfig, *, progress: bool = True) -> Manifest:
 def prepare_if_missing(data: DataConfig, *, progress: bool = True) -> None:
     """Prepares `data.path` by the data config that `data.prepare` names, where it is named and the data is missing.
 
+    Raises UserError when that config writes elsewhere: a mistyped `data.path` must not be filled with other text.
+
     Every rank may call it at once, before there is a process group: the first one works, the others wait for it. Only
     one of them should show `progress`.
     """
     if data.prepare is None or (Path(data.path) / MANIFEST_NAME).is_file():
         return
+    config = load_prepare(data.prepare)
+    if Path(config.output).resolve() != Path(data.path).resolve():
+        raise UserError(
+            f"data directory {data.path} does not exist, and the data config {data.prepare} of data.prepare writes "
+            f"to {config.output}: correct data.path, or run `muonlm data prepare` for it first"
+        )
     if progress:
         print(f"{data.path} is not there yet; preparing it by the data config {data.prepare}", flush=True)
-    prepare(load_prepare(data.prepare, [f"output={data.path}"]), progress=progress)
+    prepare(config, progress=progress)
 
 
 class _Preparation:

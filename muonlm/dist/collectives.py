@@ -26,6 +26,8 @@ class Count(TypedDict):
 
 
 _COUNTS: dict[str, Count] = defaultdict(lambda: Count(calls=0, bytes=0, seconds=0.0))
+# Newer releases of torch rename it and warn of the old name.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN, "avg": dist.ReduceOp.AVG}
 
 
@@ -56,7 +58,7 @@ def all_gather_into(output: torch.Tensor, input: torch.Tensor) -> None:
     """Concatenate every rank's `input` (same shape on all) into `output` (world_size times as long)."""
     if is_active():
         with _counted("all_gather", input):
-            dist.all_gather_into_tensor(output, input)
+            _all_gather(output, input)
     else:
         output.copy_(input)
 

@@ -47,7 +47,8 @@ def update_scale(scaling: Scaling, out_features: int, in_features: int) -> float
 class Muon(torch.optim.Optimizer):
     """Muon on matrices; groups with `rule="adamw"` get AdamW in the same object and state_dict.
 
-    `params` are parameters, named parameters or groups, as for any torch optimizer; group keys override the defaults.
+    `params` are parameters, named parameters or groups, as for any torch optimizer; group keys override the defaults
+    (an AdamW group without `lr` and `weight_decay` of its own has Muon's).
     Parameters of muon groups must be two-dimensional, else UserError. `coefficients`, `steps` and `dtype` are those of
     `muonlm_kernels.newton_schulz` and hold for the whole optimizer. State is allocated at construction:
     `momentum_buffer` in the parameter's shape and dtype for Muon; `exp_avg`, `exp_avg_sq`, `step` for AdamW. Under a

@@ -43,7 +43,7 @@ def test_every_command_runs(tmp_path: Path):
     for number in range(60):
         text = (ROOT / "docs" / "data.md").read_text().replace("token", f"token{number}")
         (tmp_path / "docs" / f"{number}.md").write_text(text)
-    tour = [line for line in commands() if not line.startswith(("make", "pip"))]
+    tour = [line for line in commands() if not line.startswith(("make", "pip", "python3 -m venv"))]
     assert len(tour) >= 12
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
     for line in tour:

@@ -65,7 +65,7 @@ def test_all_problems_of_all_layers_in_one_message(folder: Path) -> None:
     assert train_error("track=5", "loop.batch_size='8'", "optim.wd=3", base=base, bad=dedent(bad)) == golden("""
         bad.toml: 16 problems
           bad.toml:3: name = "a b"
-              must be text of letters, digits, '.', '_' and '-'
+              must be text of letters, digits, '.', '_' and '-' that starts with none of '.' and '-'
           bad.toml:4: batch_size = 3
               unknown key; did you mean loop.batch_size?
           bad.toml:5: dataset = "stdlib"
@@ -93,7 +93,7 @@ def test_all_problems_of_all_layers_in_one_message(folder: Path) -> None:
           command line: optim.wd = 3
               unknown key; [optim] has kind, lr, beta1, beta2, eps, weight_decay, aux
           command line: loop.batch_size = "8"
-              must be a whole number, at least 1 [sequences]; write 8 without quotes
+              must be a whole number, at least 1 and at most 10000000 [sequences]; write 8 without quotes
           command line: track = 5
               must be a table: write [track] and its keys below
     """)
@@ -120,7 +120,8 @@ def test_missing_keys_and_unknown_kind(folder: Path) -> None:
           mine.toml:6: optim.kind = "moun"
               must be "muon" or "adamw"; did you mean "muon"?
           command line: name is missing
-              give it: text of letters, digits, '.', '_' and '-'. Name of the run.
+              give it: text of letters, digits, '.', '_' and '-' that starts with none of '.' and '-'. Name
+              of the run.
     """)
 
 

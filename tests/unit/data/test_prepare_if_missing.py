@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from muonlm.config.data import PrepareConfig
+from muonlm.config.errors import UserError
 from muonlm.config.schema import DataConfig
 from muonlm.data import prepare as module
 
@@ -20,7 +21,9 @@ def test_only_what_is_missing_is_prepared(monkeypatch: pytest.MonkeyPatch, tmp_p
         (Path(config.output) / "manifest.json").write_text("{}")
 
     monkeypatch.setattr(module, "prepare", prepare)
-    data = DataConfig(path=str(tmp_path / "elsewhere"), prepare="stdlib")
+    monkeypatch.chdir(tmp_path)
+    Path("data").mkdir()
+    data = DataConfig(path="data/stdlib", prepare="stdlib")
     module.prepare_if_missing(data)
     ((config, progress),) = calls
     assert (config.output, config.source.kind, progress) == (data.path, "python-stdlib", True)
@@ -32,3 +35,12 @@ def test_only_what_is_missing_is_prepared(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert calls[1][1] is False
     module.prepare_if_missing(DataConfig(path=str(tmp_path / "none")))
     assert len(calls) == 2
+
+
+def test_a_mistyped_path_is_not_filled_with_other_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        UserError, match=r"data/mien does not exist, and the data config stdlib .* writes to data/stdlib"
+    ):
+        module.prepare_if_missing(DataConfig(path="data/mien", prepare="stdlib"))
+    assert not Path("data/mien").exists()
