@@ -56,6 +56,7 @@ class Display:
     def __init__(self, name: str, total_tokens: int, done_tokens: int, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True)
         self.total, self.start_tokens, self.done_tokens = total_tokens, done_tokens, done_tokens
+        self.partial_tokens = 0
         self.started = time.monotonic()
         self.progress = Progress(
             TextColumn("{task.description}"),
@@ -92,6 +93,7 @@ class Display:
             if trial not in self.bars:
                 self.bars[trial] = self.progress.add_task("  " + describe(trial), total=trial.budget_tokens, count="")
             self._set(self.bars[trial], tokens, trial.budget_tokens)
+        self.partial_tokens = partial
         self._set(self.overall, self.done_tokens + partial, self.total)
 
     def _set(self, task: TaskID, tokens: int, total: int) -> None:
@@ -101,6 +103,7 @@ class Display:
     def finished(self, trial: Trial, state: str, loss: float | None, seconds: float | None) -> None:
         """Print the result of a trial."""
         self.done_tokens += trial.budget_tokens
+        self.partial_tokens = max(0, self.partial_tokens - trial.budget_tokens)
         result = f"loss {loss:.4f}" if loss is not None else f"[red]{state}[/red]"
         took = f" in {short_seconds(seconds)}" if seconds else ""
         share = f"{self.done_tokens / max(1, self.total):4.0%}"
@@ -108,8 +111,9 @@ class Display:
         self.console.print(line, highlight=False, soft_wrap=True)
 
     def _left(self) -> str:
-        done, elapsed = self.done_tokens - self.start_tokens, time.monotonic() - self.started
-        left = self.total - self.done_tokens
+        # What other trials have done so far counts, or with several at a time the first estimates are far too long.
+        now = self.done_tokens + self.partial_tokens
+        done, elapsed, left = now - self.start_tokens, time.monotonic() - self.started, self.total - now
         if self.console.is_terminal or done <= 0 or left <= 0:
             return ""
         return f", about {short_seconds(elapsed / done * left)} left"

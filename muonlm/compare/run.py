@@ -7,7 +7,7 @@ import math
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -20,9 +20,19 @@ from rich.console import Console
 from muonlm.compare import workers
 from muonlm.compare.analysis import ratios_of
 from muonlm.compare.progress import Display
-from muonlm.compare.trials import Arm, Trial, base_config, flatten, plan_arms, train_configs, trial_config
+from muonlm.compare.record import locked, read_record, recall
+from muonlm.compare.trials import (
+    Arm,
+    Trial,
+    base_config,
+    check_tuning_budget,
+    flatten,
+    plan_arms,
+    train_configs,
+    trial_config,
+)
 from muonlm.compare.verdict import decide, scope_of
-from muonlm.compare.workers import Outcome
+from muonlm.compare.workers import Outcome, Stop
 from muonlm.config.compare import CompareConfig
 from muonlm.config.errors import UserError
 from muonlm.config.load import apply_overrides, dump_toml, validate
@@ -41,9 +51,12 @@ def compare(config: CompareConfig, *, console: Console | None = None) -> dict[st
 
     Finished runs are taken as they are, interrupted ones go on. Grids, seeds and budgets may grow between two calls. On
     SIGINT or SIGTERM the running trials save and stop, and the state is "interrupted". Raises UserError for an unfair
-    or changed configuration, for an arm whose runs all diverged, and for what the training loop refuses.
+    or changed configuration, for an arm whose runs all diverged, for a directory that is damaged or that another
+    process runs a comparison in, for a worker that died, and for what the training loop refuses.
     """
-    return _Comparison(config).run(console)
+    comparison = _Comparison(config)
+    with locked(comparison.directory):
+        return comparison.run(console)
 
 
 class _Comparison:
@@ -51,15 +64,15 @@ class _Comparison:
         self.config = config
         self.directory = Path(config.resolved_output_dir)
         self.arms = plan_arms(config)
-        self.raws = train_configs(config)
         self.decided: dict[str, str] = {}
-        self.first_configs = {arm.name: self._train_config(arm.lr_sweep()[0]) for arm in self.arms}
         largest = {"name": config.name, "loop.tokens": max(config.budgets_tokens)}
         self.base = validate(TrainConfig, apply_overrides(base_config(config), largest), config.base)
+        check_tuning_budget(config, self.base.batch_tokens)
+        self.raws = train_configs(config)
+        self.first_configs = {arm.name: self._train_config(arm.lr_sweep()[0]) for arm in self.arms}
         self.outcomes: dict[tuple[str, int, int, float, float], Outcome] = {}
-        before = self._read_earlier()
-        self.failed_before = {t["run_dir"]: t["error"] for t in before["trials"] if t["state"] == "failed"}
-        self.decided = before["decided"]
+        self.failed_before: dict[str, str] = {}
+        self.looked_up: set[str] = set()
 
     # --- what there is to do
 
@@ -75,22 +88,17 @@ class _Comparison:
                 arm.check_not_failed(losses)
             needed = [t for arm in self.arms for t in arm.all_trials(losses) if t.point not in self.outcomes]
             unique = list({trial.point: trial for trial in reversed(needed)}.values())[::-1]
-            recalled = {t.point: o for t in unique if (o := self._recall(t)) is not None}
+            unknown = [trial for trial in unique if trial.directory not in self.looked_up]
+            recalled = {t.point: o for t in unknown if (o := self._recall(t)) is not None}
             if not recalled:
                 return sorted(unique, key=lambda trial: -trial.budget_tokens)
             self.outcomes |= recalled
 
     def _recall(self, trial: Trial) -> Outcome | None:
-        """The outcome of an earlier invocation."""
-        if trial.directory in self.failed_before:
-            return Outcome("failed", error=self.failed_before[trial.directory])
-        try:
-            status = json.loads((self.directory / trial.directory / "status.json").read_text())
-        except (OSError, ValueError):
-            return None
-        if status.get("state") != "finished" or status.get("final_loss") is None:
-            return None
-        return Outcome("finished", status["final_loss"], status["seconds"], status["tokens"])
+        """The outcome of an earlier invocation. Each run is looked up once: from then on only this one trains it."""
+        self.looked_up.add(trial.directory)
+        run_dir = self.directory / trial.directory
+        return recall(run_dir, self._train_config(trial), self.failed_before.get(trial.directory))
 
     def _train_config(self, trial: Trial, threads: int = 0) -> TrainConfig:
         decided = {**self.decided, "loop.threads": threads}
@@ -99,9 +107,9 @@ class _Comparison:
     # --- running
 
     def run(self, console: Console | None) -> dict[str, Any]:
-        self.directory.mkdir(parents=True, exist_ok=True)
-        (self.directory / "config.toml").write_text(dump_toml(self.config))
+        self._take_up()
         pending = self._pending()
+        (self.directory / "config.toml").write_text(dump_toml(self.config))
         if pending:
             prepare_if_missing(self.base.data)
         total = sum(arm.total_tokens for arm in self.arms)
@@ -121,54 +129,55 @@ class _Comparison:
         """Run until nothing is pending; False when stopped before that."""
         loop = self.base.loop
         jobs, threads = workers.choose_jobs(self.config, loop.device, loop.threads)
-        self.decided = self.decided or workers.decide_precision(self.base)
         self._write("running")
-        stop = workers.new_stop_event()
+        stop = workers.new_stop()
         log = self.directory / "logs" / "workers.log"
         running: dict[Future[Outcome], Trial] = {}
         swept: set[tuple[str, str]] = set()
         with workers.make_pool(jobs, stop, log) as pool, _caught_signals(display) as signals:
             try:
                 while True:
-                    if signals.asked and not stop.is_set():
-                        stop.set()
+                    if signals.asked and not stop.value:
+                        stop.value = Stop.SAVE
                         display.say("Stopping: running trials save and stop. Once more to leave at once.")
                     busy = {trial.point for trial in running.values()}
-                    ready = [] if stop.is_set() else [t for t in self._pending() if t.point not in busy]
+                    ready = [] if stop.value else [t for t in self._pending() if t.point not in busy]
                     for trial in ready[: jobs - len(running)]:
                         running[pool.submit(workers.run_trial, self._train_config(trial, threads))] = trial
                     if not running:
-                        return not stop.is_set()
+                        return stop.value == Stop.GO_ON
                     finished, _ = wait(running, timeout=0.4, return_when=FIRST_COMPLETED)
                     for future in finished:
-                        self._take(running.pop(future), future.result(), display, stop.set)
+                        if not self._take(running.pop(future), future.result(), display):
+                            stop.value = Stop.SAVE
                     if finished:
                         self._show_sweeps(display, swept)
                         self._write("running")
                     display.update((trial, self.directory / trial.directory) for trial in running.values())
             except BaseException as error:
-                stop.set()
+                is_broken = isinstance(error, BrokenProcessPool)
+                stop.value = Stop.LEAVE if is_broken else Stop.SAVE
                 wait(running)
                 self._write("interrupted")
-                if isinstance(error, BrokenProcessPool):
+                if is_broken:
+                    fewer = f" (fewer runs at a time: jobs = {jobs - 1})" if jobs > 1 else ""
                     raise UserError(
-                        f"A worker process died, perhaps for lack of memory; see {log}. The same command goes on "
-                        f"(fewer runs at a time: jobs = {max(1, jobs - 1)})."
+                        f"A worker process died, perhaps for lack of memory; see {log}. The same command "
+                        f"goes on{fewer}."
                     ) from None
                 raise
 
-    def _take(self, trial: Trial, outcome: Outcome, display: Display, stop: Callable[[], None]) -> None:
-        if outcome.state == "preempted":
-            stop()
-        elif outcome.state in ("finished", "failed"):
-            self.outcomes[trial.point] = outcome
-            if outcome.state == "failed":
-                self.failed_before[trial.directory] = outcome.error
-            display.finished(trial, "diverged", outcome.final_loss, outcome.seconds)
-        elif outcome.is_user_error:
-            raise UserError(f"{trial.directory}: {outcome.error}")
-        else:
+    def _take(self, trial: Trial, outcome: Outcome, display: Display) -> bool:
+        """Note what became of a trial; False where it was stopped."""
+        if outcome.state == "error":
+            if outcome.is_user_error:
+                raise UserError(f"{trial.directory}: {outcome.error}")
             raise RuntimeError(f"{trial.directory} stopped with an error:\n{outcome.error}")
+        if outcome.state == "preempted":
+            return False
+        self.outcomes[trial.point] = outcome
+        display.finished(trial, "diverged", outcome.final_loss, outcome.seconds)
+        return True
 
     def _show_sweeps(self, display: Display, shown: set[tuple[str, str]]) -> None:
         losses = self.losses
@@ -238,24 +247,22 @@ class _Comparison:
             "config": self.first_configs[arm.name].model_dump(),
         }
 
-    def _read_earlier(self) -> dict[str, Any]:
-        """The record of an earlier invocation. Raises UserError where its runs had other settings."""
-        path = self.directory / "compare.json"
-        if not path.exists():
-            return {"trials": [], "decided": {}}
-        old: dict[str, Any] = json.loads(path.read_text())
-        for arm in old["arms"]:
-            if arm["name"] not in self.first_configs:
+    def _take_up(self) -> None:
+        """Go on from the record of an earlier invocation. Raises UserError where its runs had other settings."""
+        old = read_record(self.directory)
+        for arm in old.arms:
+            if arm.name not in self.first_configs:
                 continue
-            before, now = _fixed(arm["config"]), _fixed(self.first_configs[arm["name"]].model_dump())
+            before, now = _fixed(arm.config), _fixed(self.first_configs[arm.name].model_dump())
             changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
             if changed:
                 lines = "\n".join(f"  {key}: {before.get(key)!r} -> {now.get(key)!r}" for key in changed)
                 raise UserError(
-                    f"{self.directory} holds a comparison with other settings for arm {arm['name']}:\n{lines}\n"
+                    f"{self.directory} holds a comparison with other settings for arm {arm.name}:\n{lines}\n"
                     "Choose another name or output_dir, or remove that directory. Grids, seeds and budgets may change."
                 )
-        return old
+        self.failed_before = {t.run_dir: t.error or "diverged" for t in old.trials if t.state == "failed"}
+        self.decided = old.decided or workers.decide_precision(self.base)
 
 
 def _fixed(train: dict[str, Any]) -> dict[str, Any]:
@@ -271,7 +278,7 @@ class _Signals:
 def _caught_signals(display: Display) -> Iterator[_Signals]:
     """Notes the first SIGINT or SIGTERM; the second leaves at once, and the workers save and follow.
 
-    The handler only sets a flag: locks of the events that workers wait on may be held by the code it interrupts.
+    The handler only sets a flag: the code that it interrupts may be in the middle of anything.
     """
     signals = _Signals()
     if threading.current_thread() is not threading.main_thread():

@@ -47,7 +47,7 @@ class Trial:
     @property
     def directory(self) -> str:
         """Run directory below the comparison's."""
-        rates = f"lr{self.lr:.12g}-aux{self.aux_lr:.12g}"
+        rates = f"lr{self.lr:.12g}-aux{self.aux_lr:.12g}".replace("+", "")  # 1e+30, and a run's name has no plus
         return f"runs/{self.arm}/{self.phase}-b{self.budget_tokens}-s{self.seed}-{rates}"
 
 
@@ -169,6 +169,16 @@ def plan_arms(config: CompareConfig) -> list[Arm]:
         )
         for arm in config.arms
     ]
+
+
+def check_tuning_budget(config: CompareConfig, batch_tokens: int) -> None:
+    """Raises UserError where a tuning run would be shorter than one batch."""
+    budget = config.tune.budget_tokens
+    if budget is not None and budget < batch_tokens:
+        raise UserError(
+            f"tune.budget_tokens = {budget} is less than one batch ({batch_tokens} tokens); raise it, or leave it out "
+            "to tune on the largest of budgets_tokens"
+        )
 
 
 def train_configs(config: CompareConfig) -> dict[str, dict[str, Any]]:

@@ -44,7 +44,7 @@ def _arm_verdict(entry: Mapping[str, Any], arm: Mapping[str, Any], reference: Ma
         "arm": arm["name"],
         "reproduced": reproduced,
         "label": _label(entry, reproduced),
-        "headline": _headline(entry, arm["name"], reference["name"]),
+        "headline": _headline(entry, arm["name"], reference["name"], is_doubtful=bool(doubts)),
         "doubts": doubts,
         "remarks": [] if high is None else _remarks(entry, arm["name"], reference["name"]),
     }
@@ -58,12 +58,15 @@ def _label(entry: Mapping[str, Any], reproduced: bool | None) -> str:
     return "More tokens needed, not fewer" if entry["high"] < 1 else "No token saving shown"
 
 
-def _headline(entry: Mapping[str, Any], arm: str, reference: str) -> str:
+def _headline(entry: Mapping[str, Any], arm: str, reference: str, *, is_doubtful: bool) -> str:
     mean, low, high = entry["mean"], entry["low"], entry["high"]
     if mean is None:
         bound = entry.get("bound")
         known = f"; all that is known is a mean over seeds {bound['sign']} {bound['value']:.2f}" if bound else ""
         return f"The token ratio of {reference} to {arm} could not be measured{known}."
+    if is_doubtful:
+        spread = f" ({low:.2f} to {high:.2f})" if low is not None else ""
+        return f"Measured {mean:.2f}{spread} times the tokens of {arm} for {reference}, but do not rely on it yet."
     needs = f"For the same loss {reference} needs {mean:.2f} times the tokens of {arm}"
     if low is None:
         return f"{needs}, by one seed."

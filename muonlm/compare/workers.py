@@ -2,7 +2,8 @@
 
 Workers run in sessions of their own, so that Ctrl-C on a terminal reaches only the main process, which then asks the
 workers that are busy to save and stop (SIGTERM, which the training loop handles). The same happens when the main
-process vanishes.
+process vanishes. They are asked by a number in shared memory that they poll: it has no lock, which a worker killed for
+lack of memory could take with it.
 """
 
 from __future__ import annotations
@@ -12,17 +13,30 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 import traceback
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import suppress
+from ctypes import c_byte
 from dataclasses import dataclass
-from multiprocessing.synchronize import Event
+from enum import IntEnum
+from multiprocessing.sharedctypes import RawValue
 from pathlib import Path
 from typing import Any
 
 from muonlm.config.compare import CompareConfig
 from muonlm.config.errors import UserError
 from muonlm.config.schema import TrainConfig
+
+
+class Stop(IntEnum):
+    """What the main process asks of the workers of a pool."""
+
+    GO_ON = 0
+    SAVE = 1
+    """Save what runs and report it."""
+    LEAVE = 2
+    """Save what runs and end: nothing can be reported, since another worker has died and the pool is broken."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +58,7 @@ class _Stopped(BaseException):
 class _Worker:
     """State of this worker process."""
 
-    stop: Event | None = None
+    stop: c_byte | None = None
     is_busy = False
 
 
@@ -77,7 +91,7 @@ def decide_precision(config: TrainConfig) -> dict[str, str]:
     return {"loop.precision": decided, "optim.newton_schulz.dtype": decided}
 
 
-def make_pool(jobs: int, stop: Event, log: Path) -> Executor:
+def make_pool(jobs: int, stop: c_byte, log: Path) -> Executor:
     """`jobs` persistent workers; what they print goes to `log`."""
     context = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
     if hasattr(context, "set_forkserver_preload"):
@@ -86,12 +100,12 @@ def make_pool(jobs: int, stop: Event, log: Path) -> Executor:
     return ProcessPoolExecutor(jobs, mp_context=context, initializer=_start, initargs=(stop, str(log)))
 
 
-def new_stop_event() -> Event:
-    """The event that tells all workers of a pool to save and stop."""
-    return multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn").Event()
+def new_stop() -> c_byte:
+    """Shared memory whose `value` is what is asked of all workers of a pool, one of `Stop`."""
+    return RawValue(c_byte, Stop.GO_ON)
 
 
-def _start(stop: Event, log: str) -> None:
+def _start(stop: c_byte, log: str) -> None:
     if hasattr(os, "setsid"):
         with suppress(OSError):
             os.setsid()
@@ -115,26 +129,30 @@ def _is_orphan() -> bool:
     return parent is not None and not parent.is_alive()
 
 
-def _watch(stop: Event) -> None:
-    while not stop.wait(0.5) and not _is_orphan():
-        pass
-    if _Worker.is_busy or _is_orphan():
+def _watch(stop: c_byte) -> None:
+    while stop.value == Stop.GO_ON and not _is_orphan():
+        time.sleep(0.25)
+    if _Worker.is_busy:
         os.kill(os.getpid(), signal.SIGTERM)
+    while stop.value != Stop.LEAVE and not _is_orphan():
+        time.sleep(0.25)
+    while _Worker.is_busy:
+        time.sleep(0.1)
+    os._exit(1)
 
 
 def run_trial(train_config: TrainConfig) -> Outcome:
     """Train one run in this process, to its end or to a stop signal. What goes wrong stands in the outcome."""
-    if _Worker.stop is not None and _Worker.stop.is_set():
-        return Outcome("preempted")
-    _Worker.is_busy = True
     try:
+        # Busy before the look at `stop`: either this sees what is asked, or `_watch` sees that there is one to signal.
+        _Worker.is_busy = True
+        if _is_orphan() or (_Worker.stop is not None and _Worker.stop.value != Stop.GO_ON):
+            return Outcome("preempted")
         return _train(train_config)
     except _Stopped:
         return Outcome("preempted")
     finally:
         _Worker.is_busy = False
-        if _is_orphan():
-            os._exit(1)
 
 
 def _train(train_config: TrainConfig) -> Outcome:

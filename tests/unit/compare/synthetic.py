@@ -61,6 +61,7 @@ class FakeTraining:
         run = Path(config.resolved_run_dir)
         run.mkdir(parents=True, exist_ok=True)
         if config.optim.lr >= self.diverging_lr:
+            (run / "config.toml").write_text(dump_toml(config))
             return Outcome("failed", error="non-finite gradient in layers.0.mlp.down_proj.weight")
         write_run(run, config)
         status = json.loads((run / "status.json").read_text())

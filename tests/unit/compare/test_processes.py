@@ -9,6 +9,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,8 @@ def test_worker_processes_train_and_report_back(command, tmp_path: Path) -> None
     output, _ = command(4096).communicate(timeout=120)
     assert output.splitlines()[-1] == "finished", output
     result = read(tmp_path / "out" / "compare.json")
+    output, _ = command(4096).communicate(timeout=120)
+    assert "2 finished runs found" in output, "runs as the training loop wrote them have the settings asked for"
     for trial in result["trials"]:
         status = read(tmp_path / "out" / trial["run_dir"] / "status.json")
         assert (trial["final_loss"], trial["tokens"]) == (status["final_loss"], 4096)
@@ -84,16 +87,58 @@ def test_worker_processes_train_and_report_back(command, tmp_path: Path) -> None
     assert "was not tuned" in result["verdict"]["text"]
 
 
+def wait_for_both_runs(process: subprocess.Popen[str], runs: Path, num_records: int = 1) -> None:
+    deadline = time.monotonic() + 120
+    while sum(count_lines(file) >= num_records for file in runs.glob("*/*/metrics.jsonl")) < 2:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def count_lines(file: Path) -> int:
+    return file.read_bytes().count(b"\n")
+
+
+def worker_ids(process: subprocess.Popen[str]) -> list[int]:
+    """Grandchildren: the workers are children of the fork server, which is a child of the comparison."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+    return [number for number, parent in parents.items() if parents.get(parent) == process.pid]
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the workers in /proc")
+def test_a_killed_worker_ends_the_comparison_which_then_goes_on(command, tmp_path: Path) -> None:
+    process = command(20_000_000)
+    runs = tmp_path / "out" / "runs"
+    wait_for_both_runs(process, runs, num_records=3)
+    assert len(worker_ids(process)) == 2
+    os.kill(worker_ids(process)[0], signal.SIGKILL)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "UserError: A worker process died, perhaps for lack of memory" in output
+    assert "(fewer runs at a time: jobs = 1)" in output
+    assert read(tmp_path / "out" / "compare.json")["state"] == "interrupted"
+    assert sorted(read(status)["state"] for status in runs.glob("*/*/status.json")) == ["preempted", "running"]
+
+    saved = {read(status)["step"] for status in runs.glob("*/*/status.json") if read(status)["state"] == "preempted"}
+    process = command(20_000_000)
+    deadline = time.monotonic() + 120
+    while sum('"resume"' in file.read_text() for file in runs.glob("*/*/metrics.jsonl")) < len(saved):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60)[0].splitlines()[-1] == "interrupted"
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_runs_are_saved_when_the_comparison_is_stopped_or_killed(command, tmp_path: Path, number: int) -> None:
     process = command(20_000_000)
     runs = tmp_path / "out" / "runs"
+    wait_for_both_runs(process, runs, num_records=3)
     deadline = time.monotonic() + 120
-    while len(list(runs.glob("*/*/metrics.jsonl"))) < 2:
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-    time.sleep(1)
     process.send_signal(number)
     output = process.communicate(timeout=60)[0] if number == signal.SIGINT else process.wait()
     while any(read(status)["state"] == "running" for status in runs.glob("*/*/status.json")):

@@ -7,7 +7,8 @@ from types import ModuleType
 
 import pytest
 
-from muonlm.compare.trials import plan_arms, train_configs, trial_config
+from muonlm.compare.run import compare
+from muonlm.compare.trials import Trial, plan_arms, train_configs, trial_config
 from muonlm.config.errors import UserError
 
 
@@ -83,3 +84,17 @@ def test_an_arm_whose_whole_lr_sweep_diverged_is_an_error(config) -> None:
     muon = plan_arms(config)[1]
     with pytest.raises(UserError, match="arm muon: every run of the lr sweep diverged"):
         muon.check_not_failed({t.point: float("inf") for t in muon.lr_sweep()})
+
+
+def test_a_huge_rate_makes_a_name_that_a_run_may_have(config, tmp_path: Path) -> None:
+    trial = Trial("muon", "tune", 1048576, 0, 1e30, 2e12)
+    train = trial_config(train_configs(config)["muon"], trial, tmp_path, "x")
+    assert train.name == "x-muon-tune-b1048576-s0-lr1e30-aux2e12"
+    assert train.resolved_run_dir.endswith("/tune-b1048576-s0-lr1e30-aux2e12")
+    assert train.optim.lr == 1e30
+
+
+def test_a_tuning_budget_below_one_batch_is_reported_at_its_key(synthetic: ModuleType, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"tune\.budget_tokens = 2047 is less than one batch \(2048 tokens\)"):
+        compare(synthetic.make_config(tmp_path, tune={"budget_tokens": 2047}))
+    assert not (tmp_path / "out").exists()
