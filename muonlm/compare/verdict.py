@@ -66,7 +66,7 @@ def _headline(entry: Mapping[str, Any], arm: str, reference: str, *, is_doubtful
         return f"The token ratio of {reference} to {arm} could not be measured{known}."
     if is_doubtful:
         spread = f" ({low:.2f} to {high:.2f})" if low is not None else ""
-        return f"Measured {mean:.2f}{spread} times the tokens of {arm} for {reference}, but do not rely on it yet."
+        return f"Measured {mean:.2f} times the tokens of {arm} for {reference}{spread}; do not rely on it yet."
     needs = f"For the same loss {reference} needs {mean:.2f} times the tokens of {arm}"
     if low is None:
         return f"{needs}, by one seed."
