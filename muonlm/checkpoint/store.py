@@ -4,8 +4,8 @@ A checkpoint is a directory `checkpoints/step_00000512` that holds tensors only:
 the optimizer's state under `optimizer.<parameter>.<key>`, and torch's random state; all as logical full tensors, so
 that any number of ranks can load them. Learning rates and other settings are not in it: they follow from the
 configuration and the step. The directory is written under another name, `complete.json` (what the caller wants to
-keep, and the size of every file) goes in last, and a rename makes it visible; a directory whose files do not have
-those sizes is not a checkpoint.
+keep, size and CRC-32 of every file) goes in last, and a rename makes it visible; a directory whose files are not
+so is not a checkpoint.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import logging
 import os
 import shutil
 import warnings
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,10 +73,10 @@ def save(
 def latest(run_dir: str | Path) -> Path | None:
     """The newest complete checkpoint of a run, or None. Warns of newer ones that are incomplete and ignores them."""
     for path in reversed(_step_dirs(Path(run_dir) / FOLDER)):
-        problem = _defect(path)
+        problem = _defect(path, is_read=True)
         if problem is None:
             return path
-        _log.warning("checkpoint %s is incomplete (%s) and ignored", path, problem)
+        _log.warning("checkpoint %s is incomplete or damaged (%s) and ignored", path, problem)
     return None
 
 
@@ -145,7 +146,7 @@ def _tensors(state: Any) -> Iterator[torch.Tensor]:
 
 
 def _publish(temporary: Path, target: Path, step: int, extra: dict[str, Any]) -> None:
-    files = {file.name: file.stat().st_size for file in sorted(temporary.iterdir())}
+    files = {file.name: [file.stat().st_size, _checksum(file)] for file in sorted(temporary.iterdir())}
     marker = {"schema": SCHEMA_VERSION, "step": step, "files": files, "extra": extra}
     with open(temporary / MARKER, "w", encoding="utf-8") as out:
         json.dump(marker, out, indent=1)
@@ -175,18 +176,29 @@ def _step_dirs(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step_*") if path.is_dir())
 
 
-def _defect(path: Path) -> str | None:
-    """Why this directory is no checkpoint, or None."""
+def _checksum(file: Path) -> int:
+    """CRC-32 of a file."""
+    total = 0
+    with open(file, "rb") as stream:
+        while block := stream.read(1 << 20):
+            total = zlib.crc32(block, total)
+    return total
+
+
+def _defect(path: Path, *, is_read: bool = False) -> str | None:
+    """Why this directory is no checkpoint, or None; `is_read` compares the content of its files too."""
     try:
-        files: dict[str, int] = json.loads((path / MARKER).read_text())["files"]
-    except (OSError, ValueError, KeyError):
+        files: dict[str, tuple[int, int]] = json.loads((path / MARKER).read_text())["files"]
+    except (OSError, ValueError, KeyError, TypeError):
         return f"no readable {MARKER}"
-    for name, size in files.items():
+    for name, (size, checksum) in files.items():
         file = path / name
         if not file.is_file():
             return f"{name} is missing"
         if file.stat().st_size != size:
             return f"{name} has {file.stat().st_size} of {size} bytes"
+        if is_read and _checksum(file) != checksum:
+            return f"{name} is damaged: its checksum is another"
     return None
 
 

@@ -14,8 +14,7 @@ from pydantic import BaseModel, ValidationError
 from muonlm.compare.workers import Outcome
 from muonlm.config.errors import UserError
 from muonlm.config.schema import TrainConfig
-from muonlm.train.run_dir import _lock as lock_directory
-from muonlm.train.run_dir import config_differences
+from muonlm.train.run_dir import config_differences, lock_directory
 
 
 class ArmRecord(BaseModel):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +32,7 @@ class TokenDataset:
         self.vocab_size = manifest.vocab_size
         self.end_of_text_id = manifest.end_of_text_id
         self.tokenizer_fingerprint = manifest.tokenizer_fingerprint
+        self.fingerprint = hashlib.sha256("".join(shard.sha256 for shard in split.shards).encode()).hexdigest()
         self.num_sequences = (split.num_tokens - 1) // seq_len
         self._shards = shards
         self._starts = np.cumsum([0, *(len(shard) for shard in shards)])

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, TextIO
+
+_log = logging.getLogger(__name__)
 
 
 class ConsoleSink:
@@ -14,10 +18,20 @@ class ConsoleSink:
     def __init__(self, name: str, num_steps: int, start_step: int, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stdout
         self._num_steps = num_steps
+        self._is_gone = False
         self._bar: _Bar | None = _Bar(name, num_steps, start_step, self._stream) if self._stream.isatty() else None
 
     def write(self, kind: str, record: Mapping[str, Any]) -> None:
-        """Show one record."""
+        """Show one record; a terminal or pipe that has gone is no reason to stop the run."""
+        if self._is_gone:
+            return
+        try:
+            self._show(kind, record)
+        except OSError as error:
+            self._is_gone = True
+            _log.info("standard output has gone (%s): nothing more is shown there", error)
+
+    def _show(self, kind: str, record: Mapping[str, Any]) -> None:
         if kind == "train" and self._bar is not None:
             self._bar.update(record["step"], record["loss"], record["tokens_per_s"])
             return
@@ -32,7 +46,8 @@ class ConsoleSink:
     def close(self) -> None:
         """Take the bar off the terminal."""
         if self._bar is not None:
-            self._bar.stop()
+            with suppress(OSError):
+                self._bar.stop()
 
     def _train_line(self, record: Mapping[str, Any]) -> str:
         left = timedelta(seconds=round((self._num_steps - record["step"]) * record["step_s"]))

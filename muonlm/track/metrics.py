@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from muonlm.config.errors import UserError
 
 SCHEMA_VERSION = 1
 FILE_NAME = "metrics.jsonl"
@@ -25,8 +28,9 @@ class MetricsWriter:
         """Append one record of `kind` "train", "eval" or "event". Raises ValueError for NaN and infinity."""
         stamp = round(time.time(), 3)
         line = json.dumps({"schema": SCHEMA_VERSION, "kind": kind, "unix_s": stamp, **record}, allow_nan=False)
-        self._file.write(line + "\n")
-        self._file.flush()
+        with _disk_errors(self._path):
+            self._file.write(line + "\n")
+            self._file.flush()
 
     def truncate_after(self, step: int) -> None:
         """Remove records of later steps than `step`: a resumed run writes them again. Atomic."""
@@ -42,19 +46,23 @@ class MetricsWriter:
 
     def sync(self) -> None:
         """Put every record on the disk: called before a checkpoint, which must not outlive its records."""
-        os.fsync(self._file.fileno())
+        with _disk_errors(self._path):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        with suppress(OSError):  # what a full disk refused was told when it was written
+            self._file.close()
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     """All records of a run in the order they were written; none when the file does not exist.
 
-    A last line that was cut off by a kill is left out. Raises ValueError for a broken line elsewhere.
+    `run_dir` is the run directory or its metrics.jsonl. A last line that was cut off by a kill is left out. Raises
+    UserError for a broken line elsewhere.
     """
-    return _read(Path(run_dir) / FILE_NAME)
+    path = Path(run_dir)
+    return _read(path if path.name == FILE_NAME else path / FILE_NAME)
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
@@ -64,10 +72,25 @@ def _read(path: Path) -> list[dict[str, Any]]:
     *lines, _torn = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, start=1):
         try:
-            records.append(json.loads(line))
-        except ValueError as error:
-            raise ValueError(f"{path}: line {number} is no JSON object: {error}") from error
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int) or "kind" not in record:
+            raise UserError(
+                f"{path}: line {number} is no record of a run; remove that line, or start over with --fresh"
+            )
+        records.append(record)
     return records
+
+
+@contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written: {error.strerror}; free space there and repeat the command"
+        ) from error
 
 
 def _drop_torn_line(path: Path) -> None:

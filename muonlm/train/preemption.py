@@ -10,13 +10,13 @@ import time
 from types import FrameType, TracebackType
 from typing import Self
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _SAME_KEYSTROKE_S = 1.0
 _log = logging.getLogger(__name__)
 
 
 class StopSignals:
-    """Context manager that turns SIGINT, SIGTERM and SIGUSR1 into `requested`; a second SIGINT ends the process.
+    """Context manager that turns SIGINT, SIGTERM, SIGUSR1 and SIGHUP into `requested`; a second SIGINT kills.
 
     A SIGINT within a second of the first is taken for the same one, because a launcher and the terminal may both
     deliver it. Outside the main thread, where Python allows no handlers, nothing is installed.
@@ -35,6 +35,8 @@ class StopSignals:
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             for number in STOP_SIGNALS:
+                if signal.getsignal(number) == signal.SIG_IGN and number == signal.SIGHUP:
+                    continue  # nohup
                 self._previous[number] = signal.signal(number, self._handle)
         return self
 

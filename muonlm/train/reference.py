@@ -8,10 +8,11 @@ from pathlib import Path
 
 from muonlm.config.errors import UserError
 from muonlm.config.schema import TrainConfig
+from muonlm.data.dataset import TokenDataset
 from muonlm.track.ratio import ReferenceCurve
 
 
-def check_reference(config: TrainConfig, tokenizer_fingerprint: str, eval_tokens: int) -> None:
+def check_reference(config: TrainConfig, validation_data: TokenDataset, eval_tokens: int) -> None:
     """Raise UserError when the reference run is missing, has no evaluations, or measured its loss on something else."""
     if config.track.reference is None:
         return
@@ -25,7 +26,8 @@ def check_reference(config: TrainConfig, tokenizer_fingerprint: str, eval_tokens
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"track.reference: {reference} is no complete run directory: {error}") from error
     pairs = {
-        "tokenizer": (recorded.get("tokenizer_fingerprint"), tokenizer_fingerprint),
+        "tokenizer": (recorded.get("tokenizer_fingerprint"), validation_data.tokenizer_fingerprint),
+        "validation text": (recorded.get("validation_fingerprint"), validation_data.fingerprint),
         "data.seq_len": (seq_len, config.data.seq_len),
         "tokens of an evaluation": (curve.eval_tokens, eval_tokens),
     }

@@ -11,7 +11,7 @@ import shutil
 import sys
 import tomllib
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -22,7 +22,7 @@ from pydantic import ValidationError
 from muonlm.config.errors import UserError
 from muonlm.config.load import dump_toml
 from muonlm.config.schema import TrainConfig
-from muonlm.dist.agree import on_main
+from muonlm.dist.agree import on_main, raised_on_all_ranks
 from muonlm.dist.process import World
 
 STATUS_SCHEMA = 1
@@ -31,9 +31,10 @@ STATUS_SCHEMA = 1
 MAY_DIFFER = (
     "track.", "checkpoint.", "dist.", "loop.threads", "loop.micro_batch_size", "data.verify", "data.prepare", "run_dir"
 )  # fmt: skip
+# config.toml goes last: what is left of an interrupted removal still says whose it is.
 _OF_A_RUN = (
-    "config.toml", "environment.json", "rules.txt", "metrics.jsonl", "status.json", "wandb_id", "report.html",
-    "checkpoints", "tensorboard", "figures",
+    "status.json", "checkpoints", "metrics.jsonl", "environment.json", "rules.txt", "wandb_id", "report.html",
+    "tensorboard", "figures", "config.toml",
 )  # fmt: skip
 _log = logging.getLogger("muonlm")
 
@@ -87,7 +88,8 @@ class RunDirectory:
         try:
             self.attempt, self.recorded, self.finished = on_main(self._claim)
             if self.finished is None:
-                self._open_log()
+                with raised_on_all_ranks(), disk_errors(self.path):
+                    self._open_log()
         except BaseException:
             self._release()
             raise
@@ -99,15 +101,17 @@ class RunDirectory:
         if error is not None:
             _log.error("stopped by %s: %s", type(error).__name__, error)
             if self._status is not None and self._world.is_main:
-                self._write_status({**self._status, "state": "failed", "error": f"{type(error).__name__}: {error}"})
+                with suppress(UserError):  # the error that ended the run must not be hidden by a full disk
+                    self._write_status({**self._status, "state": "failed", "error": f"{type(error).__name__}: {error}"})
         self._release()
 
     def begin(self, environment: dict[str, Any], rules: str) -> None:
         """Write config.toml, environment.json and rules.txt: from now on the directory belongs to this run."""
-        if self._world.is_main:
-            write_atomically(self.path / "config.toml", dump_toml(self._config))
-            write_atomically(self.path / "environment.json", json.dumps(environment, indent=1) + "\n")
-            write_atomically(self.path / "rules.txt", rules + "\n")
+        with raised_on_all_ranks():
+            if self._world.is_main:
+                write_atomically(self.path / "config.toml", dump_toml(self._config))
+                write_atomically(self.path / "environment.json", json.dumps(environment, indent=1) + "\n")
+                write_atomically(self.path / "rules.txt", rules + "\n")
 
     def update(self, state: Literal["running", "finished", "preempted"], progress: Progress) -> None:
         """Rewrite status.json (on the main rank)."""
@@ -134,8 +138,9 @@ class RunDirectory:
     def _claim(self) -> tuple[int, dict[str, Any], RunStatus | None]:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock(self.path)
+            self._lock = lock_directory(self.path)
             if self._fresh:
+                _check_is_run(self.path)
                 _remove_run(self.path)
             (self.path / "logs").mkdir(exist_ok=True)
         except OSError as error:
@@ -144,8 +149,9 @@ class RunDirectory:
             ) from error
         _check_same_config(self.path, self._config)
         status, recorded = (_read_json(self.path / name) for name in ("status.json", "environment.json"))
-        if status.get("state") == "finished":
-            return 0, recorded, RunStatus(**{key: status[key] for key in RunStatus.__dataclass_fields__})
+        fields = RunStatus.__dataclass_fields__
+        if status.get("state") == "finished" and fields.keys() <= status.keys():
+            return 0, recorded, RunStatus(**{key: status[key] for key in fields})
         attempts = (int(p.name.removeprefix("attempt_")) for p in (self.path / "logs").glob("attempt_*"))
         return max(attempts, default=0) + 1, recorded, None
 
@@ -169,7 +175,8 @@ class RunDirectory:
     def _release(self) -> None:
         for handler in self._handlers:
             _log.removeHandler(handler)
-            handler.close()
+            with suppress(OSError):  # what could not be flushed to a full disk was told already
+                handler.close()
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -178,11 +185,24 @@ class RunDirectory:
         write_atomically(self.path / "status.json", json.dumps(status, indent=1) + "\n")
 
 
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn a failed write into a UserError that names the place. A run that ends so goes on from its checkpoint."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written: {error.strerror or error}. Free space there, or set run_dir to another place, "
+            "and repeat the command"
+        ) from error
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Replace a file so that readers see the old or the new content, never a part."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with disk_errors(path):
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
 
 
 def config_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -198,6 +218,12 @@ def config_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[s
 def _check_same_config(path: Path, config: TrainConfig) -> None:
     file = path / "config.toml"
     if not file.exists():
+        state = [name for name in ("checkpoints", "metrics.jsonl", "status.json") if (path / name).exists()]
+        if state:
+            raise UserError(
+                f"run directory {path} holds {', '.join(state)} but no config.toml: whose they are cannot be told. "
+                "Set another name or run_dir, or remove them"
+            )
         return
     try:
         old = tomllib.loads(file.read_text(encoding="utf-8"))
@@ -211,6 +237,22 @@ def _check_same_config(path: Path, config: TrainConfig) -> None:
             f"run directory {path} belongs to a run of another configuration:\n  {lines}\n"
             "Give this run another name or run_dir, set these keys back to go on with the old run, "
             "or discard the old run with --fresh"
+        )
+
+
+def _check_is_run(path: Path) -> None:
+    """Refuse to discard what no run of ours wrote: the directory may be any that somebody named."""
+    present = [name for name in _OF_A_RUN if (path / name).exists()]
+    if not present:
+        return
+    try:
+        table = tomllib.loads((path / "config.toml").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        table = {}
+    if not {"name", "data", "loop"} <= table.keys():
+        raise UserError(
+            f"--fresh would remove {', '.join(present)} from {path}, which has no config.toml of a run: "
+            "remove them by hand if they are of no use, or set another name or run_dir"
         )
 
 
@@ -232,14 +274,15 @@ def _remove_run(path: Path) -> None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a file of the run; empty where there is none, or none that can be read."""
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return content
+    return content if isinstance(content, dict) else {}
 
 
-def _lock(path: Path) -> int | None:
+def lock_directory(path: Path) -> int | None:
     """Lock the directory for this process; the system lets go of the lock when the process ends, however it ends."""
     descriptor = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
     try:

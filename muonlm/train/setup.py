@@ -75,18 +75,19 @@ def build(config: TrainConfig, world: World, recorded: dict[str, Any]) -> Parts:
         torch.set_num_threads(config.loop.threads)
     torch.manual_seed(config.seed)
     train_data, validation_data = _open_data(config, world)
+    vocab_size = config.model.vocab_size or train_data.vocab_size
     micro_batch = micro_batch_size(config, world.size)
     decided = on_main(lambda: _decide_precision(config, world, recorded))
     dtype, iterate_dtype = (getattr(torch, decided[key]) for key in ("precision", "newton_schulz_dtype"))
     with raised_on_all_ranks():
-        model = build_model(config.model, train_data.vocab_size, config.seed).to(world.device)
+        model = build_model(config.model, vocab_size, config.seed).to(world.device)
         rules = rules_table(assign_rules(model, config.optim))
         optimizer = build_optimizer(model, config.optim, iterate_dtype=iterate_dtype)
         on_way = eval_indices(validation_data.num_sequences, config.data.seq_len, config.eval.tokens)
         at_end = eval_indices(validation_data.num_sequences, config.data.seq_len, config.eval.final_tokens)
         if world.is_main:
             _say_if_short(config, validation_data.num_sequences)
-            check_reference(config, validation_data.tokenizer_fingerprint, len(on_way) * config.data.seq_len)
+            check_reference(config, validation_data, len(on_way) * config.data.seq_len)
     peak = config.track.peak_flops or (world.device.type == "cuda" and peak_flops(_device_name(world))) or None
     parts = Parts(
         config=config,
@@ -101,12 +102,13 @@ def build(config: TrainConfig, world: World, recorded: dict[str, Any]) -> Parts:
         optimizer=optimizer,
         dtype=dtype,
         micro_batch=micro_batch,
-        flops_per_token=flops_per_token(config.model, train_data.vocab_size, config.data.seq_len),
+        flops_per_token=flops_per_token(config.model, vocab_size, config.data.seq_len),
         peak_flops=peak * world.size if peak else None,
         environment={
             **describe_machine(world),
             **decided,
             "tokenizer_fingerprint": train_data.tokenizer_fingerprint,
+            "validation_fingerprint": validation_data.fingerprint,
         },
         rules=rules,
     )
@@ -152,10 +154,10 @@ def _open_data(config: TrainConfig, world: World) -> tuple[TokenDataset, TokenDa
     with raised_on_all_ranks():
         train_data = open_split(data.path, "train", data.seq_len, verify)
         validation_data = open_split(data.path, "validation", data.seq_len, verify)
-        if config.model.vocab_size not in (None, train_data.vocab_size):
+        if config.model.vocab_size is not None and config.model.vocab_size < train_data.vocab_size:
             raise UserError(
-                f"model.vocab_size {config.model.vocab_size} differs from the {train_data.vocab_size} token ids of "
-                f"{data.path}; leave model.vocab_size unset or prepare the data with that vocabulary"
+                f"model.vocab_size {config.model.vocab_size} is less than the {train_data.vocab_size} token ids of "
+                f"{data.path}; leave model.vocab_size unset, or prepare the data with a smaller vocabulary"
             )
     return train_data, validation_data
 
@@ -167,7 +169,7 @@ def _decide_precision(config: TrainConfig, world: World, recorded: dict[str, Any
         wanted["newton_schulz_dtype"] = config.optim.newton_schulz.dtype
     if "auto" not in wanted.values():
         return wanted
-    if all(key in recorded for key in wanted):
+    if all(recorded.get(key) in ("bfloat16", "float32") for key in wanted):
         return {key: recorded[key] for key in wanted}
     probed = "bfloat16" if bfloat16_is_fast(world.device) else "float32"
     return {key: probed if value == "auto" else value for key, value in wanted.items()}
@@ -192,7 +194,7 @@ def _wrap(model: nn.Module, world: World) -> nn.Module:
     if world.size == 1:
         return model
     devices = [world.device.index] if world.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False)
+    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
 
 
 def _settle_buckets(parts: Parts) -> None:

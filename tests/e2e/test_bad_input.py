@@ -91,7 +91,7 @@ def test_shard_of_another_tokenizer(data: Path, tmp_path: Path, capsys: pytest.C
         (["optim.kind=sgd"], ["sgd", "muon", "adamw"]),
         (["model.num_heads=5"], ["num_heads", "64"]),
         (["data.seq_len=10000000"], ["10000000"]),
-        (["model.vocab_size=999"], ["vocab_size", "999", "512"]),
+        (["model.vocab_size=300"], ["vocab_size", "300", "512"]),
         (["loop.micro_batch_size=3"], ["loop.batch_size 8", "3"]),
         (["schedule.warmup_steps=31"], ["warmup_steps", "30"]),
         (["track.reference=nowhere"], ["nowhere"]),
@@ -128,6 +128,53 @@ def test_run_directory_of_another_config(stdlib_data: Path, tmp_path: Path, caps
         *("another configuration", "optim.lr: 0.004 -> 0.5", "--fresh"),
     )
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def finished_run(stdlib_data: Path, tmp_path: Path) -> list[str]:
+    words = train(stdlib_data, tmp_path / "run", "loop.steps=5", "eval.interval_steps=0", "eval.final_tokens=64")
+    assert main(words) == 0
+    return words
+
+
+def test_state_without_a_config_belongs_to_nobody(
+    stdlib_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = finished_run(stdlib_data, tmp_path)
+    (tmp_path / "run" / "config.toml").unlink()
+    capsys.readouterr()
+    refuses(capsys, words, "no config.toml", "checkpoints")
+    refuses(capsys, [*words, "--fresh"], "--fresh would remove", "checkpoints")
+    assert (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_fresh_leaves_other_peoples_files(
+    stdlib_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run" / "figures").mkdir(parents=True)
+    (tmp_path / "run" / "figures" / "mine.png").write_bytes(b"mine")
+    refuses(capsys, [*train(stdlib_data, tmp_path / "run"), "--fresh"], "--fresh would remove figures")
+    assert (tmp_path / "run" / "figures" / "mine.png").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "code"),
+    [
+        ("metrics.jsonl", '{"kind": "train", "step": 1}\n[1]\n{"kind": "train", "step": 2}\n', 2),
+        ("status.json", "[]", 0),
+        ("status.json", '{"state": "finished"}', 0),
+        ("environment.json", '{"precision": "foo", "newton_schulz_dtype": "float32"}', 0),
+    ],
+)
+def test_damaged_state_files(
+    stdlib_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str, content: str, code: int
+) -> None:
+    """What the checkpoint makes unnecessary is made anew; what would be lost is the user's to decide."""
+    words = finished_run(stdlib_data, tmp_path)
+    (tmp_path / "run" / "status.json").unlink()
+    (tmp_path / "run" / file).write_text(content)
+    capsys.readouterr()
+    assert main(words) == code
+    assert "Traceback" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \n", b"\xff\xfe\x00bad"], ids=["empty", "blank", "not-utf8"])

@@ -20,7 +20,7 @@ SHORT = {"loop.steps": 8, "checkpoint.interval_steps": 0}
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model.vocab_size": 600}, "model.vocab_size 600 differs from the 512 token ids"),
+        ({"model.vocab_size": 300}, "model.vocab_size 300 is less than the 512 token ids"),
         ({"data.seq_len": 10_000_000}, "sequence longer than the data"),
         ({"data.path": "/nowhere"}, "/nowhere"),
         ({"loop.batch_size": 7, "loop.micro_batch_size": 2}, "loop.batch_size 7 is not divisible"),
@@ -60,6 +60,21 @@ def test_short_validation_is_used_as_it_is_and_said(make_config, stdlib_data, ca
     assert [r["eval_tokens"] for r in evals] == [32, (available - 1) // 32 * 32]
 
 
+def test_a_vocabulary_may_be_padded(make_config, tmp_path) -> None:
+    config = make_config(**SHORT, **{"model.vocab_size": 576})
+    assert train(config).state == "finished"
+    assert "576x" in (Path(config.resolved_run_dir) / "rules.txt").read_text()
+
+
+def test_a_reference_on_another_text_is_refused(make_config) -> None:
+    reference = make_config("first", **SHORT)
+    train(reference)
+    file = Path(reference.resolved_run_dir) / "environment.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "validation_fingerprint": "of another text"}))
+    with pytest.raises(UserError, match="validation text of another text there"):
+        train(make_config("second", **SHORT, **{"track.reference": reference.run_dir}))
+
+
 def test_ratio_to_a_reference_run(make_config) -> None:
     changes = {"loop.steps": 20, "eval.interval_steps": 2, "checkpoint.interval_steps": 0}
     reference = make_config("slow", **changes, **{"optim.lr": 4e-4, "optim.aux": {"lr": 4e-3}})
@@ -87,13 +102,12 @@ def test_missing_data_is_prepared_when_a_recipe_is_given(make_config, tmp_path) 
         (tmp_path / "text" / f"{number}.txt").write_text(f"{number} and some text of the same kind\n" * 30)
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(
-        f'output = "{tmp_path}/unused"\n[source]\nkind = "text"\nfiles = ["{tmp_path}/text/*.txt"]\n'
+        f'output = "{tmp_path}/made"\n[source]\nkind = "text"\nfiles = ["{tmp_path}/text/*.txt"]\n'
         "[tokenizer]\nvocab_size = 280\n"
     )
     config = make_config(**SHORT, **{"data.path": str(tmp_path / "made"), "data.prepare": str(recipe)})
     assert train(config).state == "finished"
     assert (tmp_path / "made" / "manifest.json").exists()
-    assert not (tmp_path / "unused").exists()
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from muonlm.config.errors import UserError
 from muonlm.track.metrics import SCHEMA_VERSION, MetricsWriter, read_metrics
 
 
@@ -34,10 +35,26 @@ def test_a_torn_last_line_is_ignored_and_then_written_over(tmp_path) -> None:
     assert [r["step"] for r in read_metrics(tmp_path)] == [1, 2]
 
 
-def test_a_broken_line_in_the_middle_is_an_error(tmp_path) -> None:
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
-    with pytest.raises(ValueError, match="line 2 is no JSON object"):
+@pytest.mark.parametrize("broken", ['{"st', "[1]", '{"schema": 1}', "\0" * 100])
+def test_a_broken_line_in_the_middle_is_an_error(tmp_path, broken) -> None:
+    good = '{"kind": "train", "step": 1}'
+    (tmp_path / "metrics.jsonl").write_text(f"{good}\n{broken}\n{good}\n")
+    with pytest.raises(UserError, match="line 2 is no record of a run"):
         read_metrics(tmp_path)
+
+
+def test_the_file_itself_may_be_named(tmp_path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\n')
+    assert read_metrics(tmp_path / "metrics.jsonl") == read_metrics(tmp_path) != []
+
+
+def test_a_full_disk_is_the_users_to_mend(tmp_path) -> None:
+    writer = MetricsWriter(tmp_path)
+    writer._file.close()
+    writer._file = open("/dev/full", "a")  # noqa: SIM115
+    with pytest.raises(UserError, match=r"metrics.jsonl cannot be written: No space left on device"):
+        writer.write("train", {"step": 1})
+    writer.close()
 
 
 def test_truncation_keeps_the_step_itself_and_goes_on(tmp_path) -> None:
