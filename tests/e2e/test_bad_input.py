@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -188,3 +190,22 @@ def test_text_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str], c
 def test_files_that_are_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["source.kind=text", f'source.files=["{tmp_path}/*.md"]', f"output={tmp_path}/out"]
     refuses(capsys, ["data", "prepare", *words], "*.md")
+
+
+@pytest.mark.parametrize("name", ["config.toml", "status.json", "environment.json"])
+def test_a_full_disk_is_one_message(
+    stdlib_data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+) -> None:
+    original = Path.write_text
+
+    def write_text(self: Path, *args: Any, **kwargs: Any) -> int:
+        if self.name.startswith(name):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "write_text", write_text)
+    refuses(capsys, train(stdlib_data, tmp_path / "run"), name, "No space left on device", "repeat the command")

@@ -28,6 +28,7 @@ def _records(config):
         ("muon", signal.SIGTERM, signal.SIGKILL),
         ("adamw", signal.SIGKILL, signal.SIGINT),
         ("muon", signal.SIGUSR1, None),
+        ("adamw", signal.SIGHUP, None),
     ],
 )
 def test_stopped_twice_at_random_steps_is_bit_exact(

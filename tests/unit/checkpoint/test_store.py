@@ -187,3 +187,17 @@ def test_one_rank_out_of_space_is_an_error_on_all(tmp_path, run_ranks) -> None:
         return True
 
     assert run_ranks(one_rank, 2) == [True, True]
+
+
+@pytest.mark.parametrize("pattern", ["*.distcp", ".metadata"])
+def test_a_damaged_checkpoint_of_the_right_size_gives_way_to_the_one_before(tmp_path, caplog, pattern) -> None:
+    model, optimizer = _trained()
+    for step in (1, 2):
+        store.save(tmp_path, step, model, optimizer, {"step": step}, keep=2)
+    (file,) = (tmp_path / "checkpoints" / "step_00000002").glob(pattern)
+    content = bytearray(file.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 16] = bytes(byte ^ 0xFF for byte in content[middle : middle + 16])
+    file.write_bytes(content)
+    assert store.latest(tmp_path) == tmp_path / "checkpoints" / "step_00000001"
+    assert f"{file.name} is damaged" in caplog.text

@@ -138,3 +138,14 @@ def test_a_missing_package_is_named_with_the_extra(tmp_path, monkeypatch, option
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(UserError, match=r"needs the package .*pip install 'muonlm\[tracking\]'"):
         Tracker(_config(**option), tmp_path, is_main=True, num_steps=10)
+
+
+def test_a_terminal_that_has_gone_does_not_stop_the_run() -> None:
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError(32, "Broken pipe")
+
+    sink = ConsoleSink("name", 10, 0, Gone())
+    sink.write("train", TRAIN)
+    sink.write("train", TRAIN)
+    sink.close()
