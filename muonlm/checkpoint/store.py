@@ -4,8 +4,8 @@ A checkpoint is a directory `checkpoints/step_00000512` that holds tensors only:
 the optimizer's state under `optimizer.<parameter>.<key>`, and torch's random state; all as logical full tensors, so
 that any number of ranks can load them. Learning rates and other settings are not in it: they follow from the
 configuration and the step. The directory is written under another name, `complete.json` (what the caller wants to
-keep, size and CRC-32 of every file) goes in last, and a rename makes it visible; a directory whose files are not
-so is not a checkpoint.
+keep, size and CRC-32 of every file, CRC-32 of all that) goes in last, and a rename makes it visible; a directory
+whose files are not so is not a checkpoint.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import errno
 import json
 import logging
 import os
+import pickle
 import shutil
 import warnings
 import zlib
@@ -41,6 +42,11 @@ MARKER = "complete.json"
 SCHEMA_VERSION = 1
 _TEMPORARY = ".unfinished_"
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES)
+# What damaged files give, torch's pickled metadata among them.
+_UNREADABLE = (
+    dcp.api.CheckpointException, OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, ImportError,
+    pickle.UnpicklingError,
+)  # fmt: skip
 _log = logging.getLogger(__name__)
 
 
@@ -95,7 +101,7 @@ def load(path: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer) -
             state["random"] = {name: value for name, value in state["random"].items() if f"random.{name}" in stored}
             dcp.load(state, checkpoint_id=path, no_dist=not collectives.is_active())
         extra: dict[str, Any] = json.loads((path / MARKER).read_text())["extra"]
-    except (dcp.api.CheckpointException, OSError, ValueError) as error:
+    except _UNREADABLE as error:
         raise UserError(
             f"checkpoint {path} cannot be loaded: {_reason(error)}. Delete that directory to go on from the one "
             "before it, or start over with --fresh"
@@ -149,7 +155,7 @@ def _publish(temporary: Path, target: Path, step: int, extra: dict[str, Any]) ->
     files = {file.name: [file.stat().st_size, _checksum(file)] for file in sorted(temporary.iterdir())}
     marker = {"schema": SCHEMA_VERSION, "step": step, "files": files, "extra": extra}
     with open(temporary / MARKER, "w", encoding="utf-8") as out:
-        json.dump(marker, out, indent=1)
+        json.dump({**marker, "crc32": _marker_checksum(marker)}, out, indent=1)
         out.flush()
         os.fsync(out.fileno())
     _sync_directory(temporary)
@@ -185,13 +191,20 @@ def _checksum(file: Path) -> int:
     return total
 
 
+def _marker_checksum(marker: dict[str, Any]) -> int:
+    """CRC-32 of what complete.json says, but for the checksum itself."""
+    return zlib.crc32(json.dumps(marker, sort_keys=True).encode())
+
+
 def _defect(path: Path, *, is_read: bool = False) -> str | None:
     """Why this directory is no checkpoint, or None; `is_read` compares the content of its files too."""
     try:
-        files: dict[str, tuple[int, int]] = json.loads((path / MARKER).read_text())["files"]
-    except (OSError, ValueError, KeyError, TypeError):
+        marker = json.loads((path / MARKER).read_text(encoding="utf-8"))
+        if marker.pop("crc32") != _marker_checksum(marker):
+            return f"{MARKER} is damaged: its checksum is another"
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return f"no readable {MARKER}"
-    for name, (size, checksum) in files.items():
+    for name, (size, checksum) in marker["files"].items():
         file = path / name
         if not file.is_file():
             return f"{name} is missing"

@@ -21,8 +21,9 @@ class MetricsWriter:
 
     def __init__(self, run_dir: str | Path) -> None:
         self._path = Path(run_dir) / FILE_NAME
-        _drop_torn_line(self._path)
-        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
+        with _disk_errors(self._path):
+            _drop_torn_line(self._path)
+            self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
 
     def write(self, kind: str, record: Mapping[str, Any]) -> None:
         """Append one record of `kind` "train", "eval" or "event". Raises ValueError for NaN and infinity."""
@@ -37,12 +38,13 @@ class MetricsWriter:
         kept = [record for record in _read(self._path) if record["step"] <= step]
         self._file.close()
         temporary = self._path.with_suffix(".tmp")
-        with open(temporary, "w", encoding="utf-8") as out:
-            out.writelines(json.dumps(record) + "\n" for record in kept)
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(temporary, self._path)
-        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
+        with _disk_errors(self._path):
+            with open(temporary, "w", encoding="utf-8") as out:
+                out.writelines(json.dumps(record) + "\n" for record in kept)
+                out.flush()
+                os.fsync(out.fileno())
+            os.replace(temporary, self._path)
+            self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
 
     def sync(self) -> None:
         """Put every record on the disk: called before a checkpoint, which must not outlive its records."""

@@ -52,7 +52,10 @@ class ReferenceCurve:
         """
         if not Path(run_dir).is_dir():
             raise UserError(f"track.reference: {run_dir} is no directory; give the run directory of the reference run")
-        points = [r for r in read_metrics(run_dir) if r["kind"] == "eval" and not r["final"]]
+        evals = [r for r in read_metrics(run_dir) if r["kind"] == "eval"]
+        if any({"final", "tokens", "loss", "eval_tokens"} - r.keys() for r in evals):
+            raise UserError(f"track.reference: metrics.jsonl of {run_dir} is damaged: an evaluation lacks its numbers")
+        points = [r for r in evals if not r["final"]]
         if not points:
             raise UserError(
                 f"track.reference: {run_dir} holds no evaluation along the way; "

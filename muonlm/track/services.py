@@ -41,8 +41,13 @@ class WandbSink:
         except ImportError as error:
             raise _missing("track.wandb", "wandb") from error
         id_file = run_dir / "wandb_id"
-        if not id_file.exists():
-            id_file.write_text(uuid.uuid4().hex[:12] + "\n")
+        try:
+            if not id_file.exists():
+                id_file.write_text(uuid.uuid4().hex[:12] + "\n")
+        except OSError as error:
+            raise UserError(
+                f"{id_file} cannot be written: {error.strerror}; free space there and repeat the command"
+            ) from error
         self._run = wandb.init(
             project=config.track.wandb_project,
             name=config.name,

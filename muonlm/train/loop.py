@@ -5,15 +5,20 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from muonlm.checkpoint import store
+from muonlm.config.errors import UserError
 from muonlm.config.schema import TrainConfig
+from muonlm.data.manifest import MANIFEST_NAME
 from muonlm.data.prepare import prepare_if_missing
-from muonlm.dist import process
+from muonlm.dist import collectives, process
 from muonlm.dist.agree import on_main, raised_on_all_ranks
 from muonlm.dist.process import World
 from muonlm.track.tracker import Tracker
@@ -27,23 +32,42 @@ from muonlm.train.step import Diverged, check_finite, take_step
 __all__ = ["RunStatus", "train"]
 
 
-def train(config: TrainConfig, *, fresh: bool = False) -> RunStatus:
+def train(config: TrainConfig, *, fresh: bool = False, stop: StopSignals | None = None) -> RunStatus:
     """Train the run that `config` describes, or go on with it; returns when it is finished or was asked to stop.
 
     The run directory is the only state: repeating the call goes on after the last checkpoint with the same numbers,
     on any number of ranks, and returns at once for a finished run. `fresh` discards what is there. SIGINT, SIGTERM and
     SIGUSR1, on any rank, save a checkpoint after the step under way and return a "preempted" status on all ranks.
+    `stop` is for a program that has its handlers installed already: a signal that came before the first step counts,
+    and one that comes while data is prepared ends the process.
     Raises UserError for wrong input (before the first step), a full disk, and a loss or gradient that is not finite.
     """
     # Before there is a process group, whose timeout a long preparation would overrun.
+    if stop is not None and not (Path(config.data.path) / MANIFEST_NAME).is_file():
+        stop.set_at_once(True)
     prepare_if_missing(config.data, progress=os.environ.get("RANK", "0") == "0")
-    with StopSignals() as stop:
+    if stop is not None:
+        stop.set_at_once(False)
+    with StopSignals() if stop is None else nullcontext(stop) as signals:
         world = process.start(config.dist, config.loop.device)
         try:
-            with RunDirectory(config, world, fresh=fresh) as run:
-                return run.finished or _train(config, world, run, stop)
+            with RunDirectory(config, world, fresh=fresh) as run, _lost_ranks(world, run):
+                return run.finished or _train(config, world, run, signals)
         finally:
             process.shutdown()
+
+
+@contextmanager
+def _lost_ranks(world: World, run: RunDirectory) -> Iterator[None]:
+    """Say what it means that gloo lost a peer: that rank ended, and its own message has the reason."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(text in str(error) for text in ("closed by peer", "reset by peer", "Broken pipe")):
+            raise
+        raise UserError(
+            f"rank {world.rank}: another rank has ended, and its message says why; see also {run.path / 'logs'}"
+        ) from error
 
 
 def _train(config: TrainConfig, world: World, run: RunDirectory, stop: StopSignals) -> RunStatus:
@@ -53,7 +77,7 @@ def _train(config: TrainConfig, world: World, run: RunDirectory, stop: StopSigna
         run.begin(parts.environment, parts.rules)
         run.update("running", progress)
         tracker.event(event_record(progress, "resume" if progress.step else "start", attempt=run.attempt))
-        meter, stopping = Meter(parts), False
+        meter, stopping = Meter(parts), collectives.any_rank(stop.requested)
         while progress.step < config.num_steps and not stopping:
             number = progress.step + 1
             is_last = number == config.num_steps

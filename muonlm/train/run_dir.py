@@ -10,8 +10,8 @@ import os
 import shutil
 import sys
 import tomllib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +24,7 @@ from muonlm.config.load import dump_toml
 from muonlm.config.schema import TrainConfig
 from muonlm.dist.agree import on_main, raised_on_all_ranks
 from muonlm.dist.process import World
+from muonlm.train.disk import LogFile, disk_errors, write_atomically
 
 STATUS_SCHEMA = 1
 # What a run may go on with although it began with another value: nothing here changes the numbers it computes, but
@@ -150,7 +151,7 @@ class RunDirectory:
         _check_same_config(self.path, self._config)
         status, recorded = (_read_json(self.path / name) for name in ("status.json", "environment.json"))
         fields = RunStatus.__dataclass_fields__
-        if status.get("state") == "finished" and fields.keys() <= status.keys():
+        if status.get("state") == "finished" and _are_numbers(status, fields.keys() - {"state"}):
             return 0, recorded, RunStatus(**{key: status[key] for key in fields})
         attempts = (int(p.name.removeprefix("attempt_")) for p in (self.path / "logs").glob("attempt_*"))
         return max(attempts, default=0) + 1, recorded, None
@@ -158,7 +159,7 @@ class RunDirectory:
     def _open_log(self) -> None:
         folder = self.path / "logs" / f"attempt_{self.attempt}"
         folder.mkdir(parents=True, exist_ok=True)
-        to_file = logging.FileHandler(folder / f"rank_{self._world.rank}.log", encoding="utf-8")
+        to_file = LogFile(folder / f"rank_{self._world.rank}.log", encoding="utf-8")
         to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         self._handlers = [to_file]
         if self._world.is_main:
@@ -185,26 +186,6 @@ class RunDirectory:
         write_atomically(self.path / "status.json", json.dumps(status, indent=1) + "\n")
 
 
-@contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turn a failed write into a UserError that names the place. A run that ends so goes on from its checkpoint."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be written: {error.strerror or error}. Free space there, or set run_dir to another place, "
-            "and repeat the command"
-        ) from error
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file so that readers see the old or the new content, never a part."""
-    temporary = path.with_name(path.name + ".tmp")
-    with disk_errors(path):
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-
-
 def config_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """The dotted keys that differ between two configurations and may not, each as `key: old -> new`."""
     old_flat, new_flat = dict(_flat(old)), dict(_flat(new))
@@ -227,8 +208,8 @@ def _check_same_config(path: Path, config: TrainConfig) -> None:
         return
     try:
         old = tomllib.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file} is no TOML: {error}; start over with --fresh or set another run_dir") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} is no TOML: {error}; restore it, or set another name or run_dir") from error
     with suppress(ValidationError):  # one of another version is compared as it stands
         old = TrainConfig.model_validate(old).model_dump()
     if differing := config_differences(old, config.model_dump()):
@@ -249,7 +230,8 @@ def _check_is_run(path: Path) -> None:
         table = tomllib.loads((path / "config.toml").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         table = {}
-    if not {"name", "data", "loop"} <= table.keys():
+    # Not by the schema: a run of another version may be discarded too.
+    if not all(isinstance(table.get(key), kind) for key, kind in (("name", str), ("data", dict), ("loop", dict))):
         raise UserError(
             f"--fresh would remove {', '.join(present)} from {path}, which has no config.toml of a run: "
             "remove them by hand if they are of no use, or set another name or run_dir"
@@ -280,6 +262,10 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def _are_numbers(table: Mapping[str, Any], keys: Iterable[str]) -> bool:
+    return all(isinstance(table.get(key), int | float) for key in keys)
 
 
 def lock_directory(path: Path) -> int | None:

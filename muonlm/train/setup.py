@@ -171,6 +171,12 @@ def _decide_precision(config: TrainConfig, world: World, recorded: dict[str, Any
         return wanted
     if all(recorded.get(key) in ("bfloat16", "float32") for key in wanted):
         return {key: recorded[key] for key in wanted}
+    if any(Path(config.resolved_run_dir, "checkpoints").glob("step_*")):
+        _log.warning(
+            "environment.json of %s does not say in which precision the run began: it is decided anew, and the numbers "
+            "may differ from those of a run that was not stopped",
+            config.resolved_run_dir,
+        )
     probed = "bfloat16" if bfloat16_is_fast(world.device) else "float32"
     return {key: probed if value == "auto" else value for key, value in wanted.items()}
 

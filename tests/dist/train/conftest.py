@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -116,3 +117,11 @@ def assert_same_run(final_state: Callable[..., Any]) -> Callable[[TrainConfig, T
 def _losses(config: TrainConfig) -> list[tuple[Any, ...]]:
     records = [r for r in read_metrics(config.resolved_run_dir) if r["kind"] != "event"]
     return [(r["kind"], r["step"], r["tokens"], r.get("final"), r["loss"]) for r in records]
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A TCP port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import multiprocessing
 import os
 import signal
@@ -16,6 +18,8 @@ import pytest
 from muonlm.config.errors import UserError
 from muonlm.config.schema import TrainConfig
 from muonlm.track.metrics import read_metrics
+from muonlm.train import run_dir
+from muonlm.train.disk import LogFile
 from muonlm.train.loop import train
 from muonlm.train.preemption import StopSignals
 from muonlm.train.run_dir import config_differences
@@ -180,3 +184,90 @@ def test_handlers_are_restored_and_absent_outside_the_main_thread() -> None:
     thread.start()
     thread.join()
     assert flags == [False]
+
+
+def test_an_interrupted_fresh_still_says_whose_the_directory_is(make_config, monkeypatch) -> None:
+    config = make_config(**SHORT)
+    train(config)
+    original, removed = Path.unlink, []
+
+    def unlink(self: Path, missing_ok: bool = False) -> None:
+        removed.append(self.name)
+        original(self, missing_ok=missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    run_dir._remove_run(Path(config.resolved_run_dir))
+    assert removed[-1] == "config.toml"
+    assert "status.json" in removed
+
+
+def test_fresh_wants_the_config_of_a_run(make_config) -> None:
+    config = make_config(**SHORT)
+    path = Path(config.resolved_run_dir)
+    (path / "figures").mkdir(parents=True)
+    for other in ('name = "x"\ndata = "y"\nloop = 1\n', "not toml"):
+        (path / "config.toml").write_text(other)
+        with pytest.raises(UserError, match="--fresh would remove figures, config.toml"):
+            train(config, fresh=True)
+    assert (path / "figures").exists()
+
+
+def test_a_finished_status_with_values_of_no_kind_is_made_anew(make_config) -> None:
+    config = make_config(**SHORT)
+    status = train(config)
+    file = Path(config.resolved_run_dir) / "status.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "tokens": "many"}))
+    assert train(config) == status
+
+
+def test_a_lost_precision_is_told(make_config, caplog) -> None:
+    config = make_config(**SHORT, **{"loop.precision": "auto"})
+    train(config)
+    path = Path(config.resolved_run_dir)
+    (path / "status.json").unlink()
+    (path / "environment.json").write_text('{"precision": "foo"}')
+    train(config)
+    assert "does not say in which precision" in caplog.text
+
+
+def test_a_full_disk_on_the_main_rank_ends_the_others_with_a_reason(make_config, run_ranks) -> None:
+    config = make_config()
+
+    def one_rank(rank, size):
+        original = run_dir.write_atomically
+
+        def full(path: Path, text: str) -> None:
+            if rank == 0 and path.name == "status.json" and '"step": 3' in text:
+                raise UserError("status.json cannot be written: No space left on device")
+            original(path, text)
+
+        run_dir.write_atomically = full
+        with pytest.raises(UserError) as caught:
+            train(config)
+        return str(caught.value)
+
+    first, second = run_ranks(one_rank, 2, join=False)
+    assert "No space left" in first
+    assert "rank 1: another rank has ended, and its message says why" in second
+
+
+def test_a_full_disk_cuts_the_log_short_without_a_traceback(tmp_path, capsys) -> None:
+    handler = LogFile(tmp_path / "log")
+    handler.stream.close()
+    handler.stream = open("/dev/full", "w")  # noqa: SIM115
+    handler.emit(logging.LogRecord("a", logging.INFO, "b", 1, "text", (), None))
+    assert capsys.readouterr().err == ""
+
+
+def test_the_error_that_ended_a_run_is_not_hidden_by_a_full_disk(make_config, monkeypatch) -> None:
+    original = Path.write_text
+
+    def write_text(self: Path, text: str, **how: str) -> int:
+        if '"failed"' in text:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return original(self, text, **how)
+
+    monkeypatch.setattr(Path, "write_text", write_text)
+    monkeypatch.setattr("muonlm.train.loop.check_finite", lambda *_: (_ for _ in ()).throw(ZeroDivisionError("cause")))
+    with pytest.raises(ZeroDivisionError, match="cause"):
+        train(make_config(**SHORT))

@@ -201,3 +201,32 @@ def test_a_damaged_checkpoint_of_the_right_size_gives_way_to_the_one_before(tmp_
     file.write_bytes(content)
     assert store.latest(tmp_path) == tmp_path / "checkpoints" / "step_00000001"
     assert f"{file.name} is damaged" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda marker: {**marker, "extra": {"step": 7}},
+        lambda marker: {**marker, "files": {".metadata": 5}},
+        lambda marker: {**marker, "files": []},
+        lambda marker: [marker],
+        lambda marker: {key: value for key, value in marker.items() if key != "crc32"},
+    ],
+    ids=["extra", "files of no kind", "no files", "list", "no checksum"],
+)
+def test_a_marker_that_was_changed_is_no_marker(tmp_path, change) -> None:
+    model, optimizer = _trained()
+    for step in (1, 2):
+        store.save(tmp_path, step, model, optimizer, {"step": step}, keep=2)
+    marker = tmp_path / "checkpoints" / "step_00000002" / "complete.json"
+    marker.write_text(json.dumps(change(json.loads(marker.read_text()))))
+    assert store.latest(tmp_path) == tmp_path / "checkpoints" / "step_00000001"
+
+
+@pytest.mark.parametrize("content", [b"", b"rubbish", b"cos\nnowhere\n.", b"\x80\x04N."])
+def test_metadata_that_torch_cannot_read_is_an_error_of_one_message(tmp_path, content) -> None:
+    model, optimizer = _trained()
+    path = store.save(tmp_path, 1, model, optimizer, {}, keep=1)
+    (path / ".metadata").write_bytes(content)
+    with pytest.raises(UserError, match="cannot be loaded"):
+        store.load(path, model, optimizer)

@@ -32,7 +32,7 @@ def fake_loop(monkeypatch: pytest.MonkeyPatch) -> list[tuple[TrainConfig, bool]]
     """`muonlm.train.loop` that only notes its calls."""
     calls: list[tuple[TrainConfig, bool]] = []
 
-    def train(config: TrainConfig, *, fresh: bool = False) -> SimpleNamespace:
+    def train(config: TrainConfig, *, fresh: bool = False, stop: object = None) -> SimpleNamespace:
         calls.append((config, fresh))
         state = "preempted" if config.name == "stopped" else "finished"
         loss = None if config.name == "stopped" else 2.5
@@ -184,7 +184,7 @@ def test_user_errors_are_printed_once_and_exit_with_2(
 
 
 def test_faults_of_the_program_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    def train(config: TrainConfig, *, fresh: bool) -> None:
+    def train(config: TrainConfig, *, fresh: bool, stop: object) -> None:
         raise ValueError("a bug")
 
     put_module(monkeypatch, "muonlm.train.loop", train=train)

@@ -79,3 +79,16 @@ def test_no_file_means_no_records_and_nan_is_refused(tmp_path) -> None:
         writer.write("train", {"step": 1, "loss": float("nan")})
     writer.close()
     assert read_metrics(tmp_path) == []
+
+
+def test_a_disk_that_is_full_while_records_are_removed(tmp_path, monkeypatch) -> None:
+    writer = MetricsWriter(tmp_path)
+    writer.write("train", {"step": 1})
+
+    def fsync(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", fsync)
+    with pytest.raises(UserError, match=r"metrics.jsonl cannot be written: No space left on device"):
+        writer.truncate_after(0)
+    assert [r["step"] for r in read_metrics(tmp_path)] == [1]
