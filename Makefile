@@ -18,12 +18,16 @@ py := $(VENV)/bin/python
 muonlm := $(py) -m muonlm
 # One thread for each process: the matrices of the tests are small, and the test processes share the cores.
 pytest = OMP_NUM_THREADS=1 $(py) -m pytest -n $(JOBS) $(PYTEST_FLAGS)
+# Two processes, because Triton decides between interpreter and compiler when it is imported.
+test_kernels = if $(py) -c 'import triton' 2>/dev/null; then \
+	TRITON_INTERPRET=1 $(pytest) tests/kernels/interpret && $(pytest) -m aot tests/kernels/aot; \
+	else echo "no triton for this platform: its kernels are not tested"; fi
 run_stamp := $(VENV)/.muonlm-run
 dev_stamp := $(VENV)/.muonlm-dev
 # A virtual environment whose interpreter has gone is repaired even where its stamps are still there.
 repair := $(if $(shell test -x $(py) && echo usable),,FORCE)
 
-.PHONY: help demo test test-all test-package check bench clean distclean FORCE
+.PHONY: help demo test test-all test-kernels test-package check bench clean distclean FORCE
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -36,11 +40,16 @@ demo: $(run_stamp) ## Muon against AdamW on this machine's CPU, from text to HTM
 	$(muonlm) compare demo
 	@echo "Report, to open in a browser: $(CURDIR)/runs/demo/report.html"
 
-test: $(dev_stamp) ## The fast tests
+test: $(dev_stamp) ## The fast tests, and those of the GPU kernels, which need no GPU
 	$(pytest) -m "not slow"
+	$(test_kernels)
 
 test-all: $(dev_stamp) ## All tests, the slow ones too
 	$(pytest)
+	$(test_kernels)
+
+test-kernels: $(dev_stamp) ## The GPU kernels alone: their values under Triton's interpreter, their code as compiled
+	$(test_kernels)
 
 test-package: $(dev_stamp) ## Build wheel and sdist, install them, run what was installed
 	$(pytest) -n 0 tests/unit/house/test_packaging.py
@@ -77,7 +86,7 @@ comma := ,
 # pip shows its progress in a terminal, and elsewhere only warnings and errors.
 define install
 	@$(py) -m pip --version >/dev/null 2>&1 || { $(create_venv); }
-	@echo "Installing muonlm and what it needs into $(VENV): minutes, and 1.5 to 2 GB of disk (more with CUDA)."
+	@echo "Installing muonlm and what it needs into $(VENV): minutes, and 1.5 to 2.5 GB of disk (more with CUDA)."
 	@$(py) -m pip install $$(test -t 1 || echo --quiet) --disable-pip-version-check $(PIP_FLAGS) \
 		--constraint .ci/constraints.txt torch --editable '$(1)'
 endef

@@ -1,11 +1,12 @@
 """Newton-Schulz orthogonalization, usable alone: `from muonlm_kernels import newton_schulz`.
 
-Knows torch and nothing of muonlm. `coefficients` holds the named sets with their sources, `iteration` the batched
-computation, `oracle` the exact polar factor it is held against.
+Knows torch and nothing of muonlm. `api` is the entry; behind it are `cpu`, `gpu` (Triton) and, for any other device,
+`reference`, which the other two are held against. `coefficients` holds the named sets with their sources, `generator`
+makes further ones, `oracle` the exact polar factor and the measures of error, `bench` the commands that print them.
 """
 
+from muonlm_kernels.api import matmul_flops, newton_schulz
 from muonlm_kernels.coefficients import COEFFICIENTS, coefficients
-from muonlm_kernels.iteration import matmul_flops, newton_schulz
 from muonlm_kernels.oracle import polar_factor
 
 __all__ = ["COEFFICIENTS", "coefficients", "matmul_flops", "newton_schulz", "polar_factor"]

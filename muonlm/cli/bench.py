@@ -1,4 +1,4 @@
-"""`muonlm bench`: speed against plain PyTorch, both measured in the same run."""
+"""`muonlm bench`: speed against plain PyTorch and against peers, measured in the same run."""
 
 from __future__ import annotations
 
@@ -8,13 +8,23 @@ from typing import Any
 
 def add(commands: Any) -> None:
     """Register the command and its subcommands, which parse their own options."""
-    parser = commands.add_parser("bench", help="measure training speed against plain PyTorch", description=__doc__)
+    parser = commands.add_parser("bench", help="measure speed against plain PyTorch and peers", description=__doc__)
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     train = actions.add_parser("train", add_help=False, help="training steps; --help lists its options")
     train.set_defaults(run=_train, passes_rest=True)
+    newton_schulz = actions.add_parser(
+        "newton-schulz", add_help=False, help="orthogonalization and its kernels; --help lists its commands"
+    )
+    newton_schulz.set_defaults(run=_newton_schulz, passes_rest=True)
 
 
 def _train(args: argparse.Namespace) -> int:
     from muonlm.bench.train import main
 
     return int(main(args.rest) or 0)
+
+
+def _newton_schulz(args: argparse.Namespace) -> int:
+    from muonlm_kernels.bench.__main__ import main
+
+    return int(main(args.rest, prog="muonlm bench newton-schulz") or 0)

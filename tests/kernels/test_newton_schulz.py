@@ -3,14 +3,21 @@
 import pytest
 import torch
 
-from muonlm_kernels import COEFFICIENTS, coefficients, matmul_flops, newton_schulz, polar_factor
+from muonlm_kernels import COEFFICIENTS, matmul_flops, newton_schulz, polar_factor
+from muonlm_kernels.oracle import noise_leak, relative_error
 
-# Largest relative distance to the polar factor on a Gaussian matrix of aspect 4 in fp32 (measured .153, .017, .088).
-GAUSSIAN_ERROR = {"jordan": 0.16, "quintic": 0.02, "polar_express": 0.095}
-
-
-def relative_error(estimate: torch.Tensor, exact: torch.Tensor) -> float:
-    return ((estimate.double() - exact).norm() / exact.norm()).item()
+# Largest relative distance to the polar factor on a Gaussian matrix of aspect 4, in fp32 and, where it is made without
+# a margin for rounding, in bfloat16.
+GAUSSIAN_ERROR = {
+    "jordan": 0.16,
+    "quintic": 0.02,
+    "polar_express": 0.095,
+    "cans": 0.085,
+    "turbo": 0.012,
+    "turbo_snapshot": 0.04,
+    "deepseek_v4": 0.01,
+    "cubic5": 0.2,
+}
 
 
 def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -23,7 +30,8 @@ def test_error_against_polar_factor(name, shape):
     grad = gaussian(*shape)
     exact = polar_factor(grad)
     assert relative_error(newton_schulz(grad, coefficients=name, dtype=torch.float32), exact) < GAUSSIAN_ERROR[name]
-    assert relative_error(newton_schulz(grad, coefficients=name), exact) < GAUSSIAN_ERROR[name] + 0.02
+    allowed = 0.2 if name == "cans" else GAUSSIAN_ERROR[name] + 0.02
+    assert relative_error(newton_schulz(grad, coefficients=name, dtype=torch.bfloat16), exact) < allowed
 
 
 def test_more_steps_converge():
@@ -42,7 +50,7 @@ def test_shapes_and_strides_agree(shape):
     assert plain.shape == grad.shape
     strided = grad.repeat_interleave(2, dim=-1)[..., ::2]
     assert not strided.is_contiguous() or strided.shape[-1] == 1
-    assert torch.equal(newton_schulz(strided, dtype=torch.float32), plain)
+    assert torch.allclose(newton_schulz(strided, dtype=torch.float32), plain, atol=1e-5)
     assert torch.allclose(newton_schulz(grad.mT, dtype=torch.float32), plain.mT, atol=1e-5)
 
 
@@ -65,11 +73,21 @@ def test_stack_list_and_loop_agree(dtype):
         assert torch.allclose(single.float(), from_stack.float(), atol=2e-2 if dtype == torch.bfloat16 else 1e-5)
 
 
-@pytest.mark.parametrize("exponent", [-35, -20, -7, 0, 12, 20, 35])
-def test_scale_invariant(exponent):
-    grad = gaussian(64, 128)
+@pytest.mark.parametrize("exponent", [-40, -35, -20, -7, 0, 7, 12, 20, 35])
+@pytest.mark.parametrize("shape", [(64, 128), (160, 200), (3, 40, 30)])
+def test_scale_invariant(shape, exponent):
+    grad = gaussian(*shape)
     expected = newton_schulz(grad).float().norm()
     assert newton_schulz(grad * 10.0**exponent).float().norm() == pytest.approx(expected.item(), rel=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_largest_and_smallest_numbers_of_a_dtype(dtype):
+    limits = torch.finfo(dtype)
+    sign = gaussian(160, 192).sign().to(dtype)
+    expected = newton_schulz(sign).float()
+    for number in (limits.max, limits.tiny):
+        assert relative_error(newton_schulz(sign * number), expected) < 0.02
 
 
 def test_zero_gives_zero_and_neighbours_are_untouched():
@@ -80,12 +98,21 @@ def test_zero_gives_zero_and_neighbours_are_untouched():
     assert torch.equal(result[0], newton_schulz(stack[:1], dtype=torch.float32)[0])
 
 
-def test_non_finite_stays_in_its_matrix():
-    stack = gaussian(2, 16, 24)
-    stack[0, 3, 3] = float("nan")
-    result = newton_schulz(stack)
-    assert result[0].isnan().any()
-    assert result[1].isfinite().all()
+@pytest.mark.parametrize("shape", [(2, 16, 24), (2, 200, 150), (2, 150, 300)])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_non_finite_is_reported_and_gives_zeros(shape, value):
+    stack = gaussian(*shape)
+    stack[0, 3, 3] = value
+    finite = torch.tensor([True, False])
+    result = newton_schulz(stack, finite=finite)
+    assert finite.tolist() == [False, True]
+    assert torch.equal(result[0], torch.zeros_like(result[0]))
+    assert torch.equal(result[1], newton_schulz(stack[1:])[0])
+    with pytest.raises(FloatingPointError, match="number 0, counted from 0, of 2"):
+        newton_schulz(stack)
+    flag = torch.tensor(True)
+    newton_schulz(stack[0], finite=flag)
+    assert not flag
 
 
 def test_low_precision_input():
@@ -96,27 +123,20 @@ def test_low_precision_input():
 def test_bad_arguments():
     with pytest.raises(ValueError, match="known: jordan, polar_express, quintic"):
         newton_schulz(torch.ones(2, 2), coefficients="nope")
+    with pytest.raises(ValueError, match="at least one triple"):
+        newton_schulz(torch.ones(2, 2), coefficients=[])
+    with pytest.raises(ValueError, match="steps is for a named set"):
+        newton_schulz(torch.ones(2, 2), coefficients=[(1.5, -0.5, 0.0)], steps=3)
+    with pytest.raises(ValueError, match=r"floating point matrices, got torch\.int64"):
+        newton_schulz(torch.ones(2, 2, dtype=torch.int64))
+    with pytest.raises(ValueError, match="float16 iterates are for GPUs"):
+        newton_schulz(torch.ones(2, 2), dtype=torch.float16)
+    with pytest.raises(ValueError, match="of one shape, dtype and device"):
+        newton_schulz([torch.ones(2, 2), torch.ones(2, 3)])
     with pytest.raises(ValueError, match="steps is 0"):
         newton_schulz(torch.ones(2, 2), steps=0)
     with pytest.raises(ValueError, match="got shape"):
         newton_schulz(torch.ones(3))
-
-
-def test_last_triple_repeats():
-    assert coefficients("jordan", 3) == coefficients("jordan", 1) * 3
-    assert coefficients("quintic", 7)[4:] == (coefficients("quintic", 5)[-1],) * 3
-    assert coefficients("polar_express", 9)[-1] == (1.875, -1.25, 0.375)
-
-
-def test_coefficients_are_the_published_ones():
-    """a + b + c is what one step makes of a singular value 1: a typing error in any of the numbers shows."""
-    sums = {name: [round(sum(t), 4) for t in coefficients(name, 5)] for name in COEFFICIENTS}
-    assert sums["jordan"] == [0.701] * 5
-    assert sums["quintic"] == [0.1172, 0.2853, 0.4542, 0.9388, 0.9853]
-    # Published without the safety factor; (s, s^3, s^5) is divided out.
-    s = 1.01
-    raw = [sum((a * s, b * s**3, c * s**5)) for a, b, c in coefficients("polar_express", 5)]
-    assert [round(value, 4) for value in raw] == [1.9917, 1.7041, 1.5916, 1.34, 1.0506]
 
 
 def test_flops_formula_matches_counter():
@@ -126,3 +146,20 @@ def test_flops_formula_matches_counter():
         with FlopCounterMode(display=False) as counter:
             newton_schulz(torch.ones(shape))
         assert counter.get_total_flops() == matmul_flops(*shape)
+
+
+@pytest.mark.parametrize("shape", [(256, 1024), (1024, 256), (3, 96, 200)])
+def test_low_rank_noise_and_its_remedy(shape):
+    """A gradient of rank 8: at most 5 % of the result's energy is outside its row and column space."""
+    grad = gaussian(*shape[:-1], 8) @ gaussian(*shape[:-2], 8, shape[-1], seed=1)
+    with_remedy = newton_schulz(grad, dtype=torch.bfloat16, compensated=True)
+    plain = newton_schulz(grad, dtype=torch.bfloat16)
+    for one, better, noisy in zip(*(x.view(-1, *shape[-2:]) for x in (grad, with_remedy, plain)), strict=True):
+        assert noise_leak(better, one, rank=8) < 0.05
+        assert noise_leak(noisy, one, rank=8) > 0.15
+
+
+def test_grad_that_records_a_graph():
+    grad = gaussian(16, 24).requires_grad_()
+    assert torch.equal(newton_schulz(grad), newton_schulz(grad.detach()))
+    assert not newton_schulz(grad).requires_grad

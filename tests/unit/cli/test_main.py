@@ -226,6 +226,29 @@ def test_bench_gets_all_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen == [["smoke", "--steps", "3", "--help"]]
 
 
+def test_bench_newton_schulz_gets_all_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[list[str], str]] = []
+
+    def kernels_main(argv: list[str], prog: str) -> int:
+        seen.append((argv, prog))
+        return 2
+
+    put_module(monkeypatch, "muonlm_kernels.bench.__main__", main=kernels_main)
+    assert main(["bench", "newton-schulz", "compare", "--shapes", "8x8", "2x4x4", "--quick", "--help"]) == 2
+    words = ["compare", "--shapes", "8x8", "2x4x4", "--quick", "--help"]
+    assert seen == [(words, "muonlm bench newton-schulz")]
+
+
+def test_help_of_bench_imports_no_torch() -> None:
+    code = (
+        "import sys\nfrom muonlm.cli.main import main\n"
+        "try:\n    main(['bench', '--help'])\nexcept SystemExit:\n    print('torch' in sys.modules, file=sys.stderr)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stderr == "False\n"
+    assert "newton-schulz" in done.stdout
+
+
 def test_data_commands_on_real_data(stdlib_data: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["data", "describe", str(stdlib_data)]) == 0
     assert "validation" in capsys.readouterr().out

@@ -1,0 +1,1 @@
+"""Commands that measure and compare: `python -m muonlm_kernels.bench`, or `muonlm bench newton-schulz`."""

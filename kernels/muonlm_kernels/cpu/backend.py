@@ -1,0 +1,110 @@
+"""Entry of the CPU backend: normalisation, single matrices and stacks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from muonlm_kernels import reference
+from muonlm_kernels.coefficients import Triple
+from muonlm_kernels.cpu.buffers import Buffers, workspace
+from muonlm_kernels.cpu.rule import Rule, rule
+from muonlm_kernels.cpu.steps import grouped_steps, plain_steps, symmetric_product
+
+# Norms whose fourth power, and that of their inverse, stays inside fp32.
+_SAFE_NORM = (1e-7, 1e7)
+
+
+def orthogonalize(
+    grads: torch.Tensor | Sequence[torch.Tensor],
+    triples: Sequence[Triple],
+    dtype: torch.dtype,
+    out: torch.Tensor | Sequence[torch.Tensor],
+    *,
+    num_compensated: int = 0,
+) -> list[bool]:
+    """Orthogonalize K matrices (M, N), M <= N, of any strides and float dtype, each into its `out` of `dtype`.
+
+    Returns which matrices were finite. Those that were not, and zero matrices, give zeros. The first `num_compensated`
+    steps add the unrounded iterate (see `rounding`).
+    """
+    m, n = grads[0].shape
+    chosen = rule(m, n, triples, dtype, num_compensated=num_compensated)
+    if chosen.stacked:
+        return _stack(grads, triples, dtype, out, num_compensated)
+    buffers = workspace.buffers(m, n, dtype)
+    return [_single(*pair, triples, chosen, buffers, num_compensated) for pair in zip(grads, out, strict=True)]
+
+
+def _single(
+    grad_MN: torch.Tensor,
+    out_MN: torch.Tensor,
+    triples: Sequence[Triple],
+    chosen: Rule,
+    buffers: Buffers,
+    num_compensated: int,
+) -> bool:
+    """One matrix into `out_MN`; False if it is not finite."""
+    blocks, (gram, gram_diagonal) = chosen.blocks, buffers.squares[0]
+    x, x_t = buffers.x, buffers.x_t
+    buffers.clear_gaps()
+    _copy(grad_MN, x)
+    symmetric_product(x, x_t, gram, blocks)
+    norm = _root_of_trace(gram_diagonal)
+    if not _SAFE_NORM[0] <= norm <= _SAFE_NORM[1]:
+        largest = grad_MN.abs().amax()
+        if not 0 < largest < math.inf:
+            out_MN.zero_()
+            return bool(largest == 0)
+        grad_MN = grad_MN / largest
+        _copy(grad_MN, x)
+        symmetric_product(x, x_t, gram, blocks)
+        norm = _root_of_trace(gram_diagonal)
+    if chosen.blocks == 1 and not num_compensated and len(chosen.groups) == len(triples):
+        plain_steps(buffers, triples, 1 / norm, out_MN)
+    else:
+        unrounded = grad_MN.float() if num_compensated else None
+        grouped_steps(buffers, triples, chosen.groups, blocks, 1 / norm, out_MN, unrounded, num_compensated)
+    return True
+
+
+def _copy(source_MN: torch.Tensor, target_MN: torch.Tensor) -> None:
+    """Cast into a buffer. A transposed source is cast as it lies and turned in tiles, which stay in cache."""
+    if source_MN.stride(-1) == 1 or source_MN.stride(-2) != 1:
+        target_MN.copy_(source_MN)
+        return
+    tile = 256
+    for begin in range(0, source_MN.shape[1], tile):
+        piece = source_MN[:, begin : begin + tile].mT.to(target_MN.dtype, memory_format=torch.contiguous_format)
+        target_MN[:, begin : begin + tile].copy_(piece.mT.contiguous())
+
+
+def _root_of_trace(gram_diagonal_M: torch.Tensor) -> float:
+    """The Frobenius norm of X, from the diagonal of X X^T; NaN for NaN and infinity."""
+    trace = gram_diagonal_M.sum(dtype=torch.float64).item()
+    return math.sqrt(trace) if trace >= 0 else math.nan
+
+
+def _stack(
+    grads: torch.Tensor | Sequence[torch.Tensor],
+    triples: Sequence[Triple],
+    dtype: torch.dtype,
+    out: torch.Tensor | Sequence[torch.Tensor],
+    num_compensated: int,
+) -> list[bool]:
+    """All matrices at once, by batched products; no result depends on the other matrices."""
+    grad_KMN = grads if isinstance(grads, torch.Tensor) else torch.stack(list(grads))
+    grad_KMN = grad_KMN if grad_KMN.dtype == torch.float64 else grad_KMN.float()
+    norm_K11 = torch.linalg.vector_norm(grad_KMN, dim=(-2, -1), keepdim=True)
+    x_KMN = grad_KMN / norm_K11
+    finite_K = torch.ones(len(grads), dtype=torch.bool)
+    is_safe_K = ((norm_K11 >= _SAFE_NORM[0]) & (norm_K11 <= _SAFE_NORM[1])).flatten()
+    if not bool(is_safe_K.all()):
+        unsafe = (~is_safe_K).nonzero().flatten()
+        normalized_KMN, finite_K[unsafe] = reference.normalize(grad_KMN[unsafe])
+        x_KMN[unsafe] = normalized_KMN.to(x_KMN.dtype)
+    result_KMN = reference.iterate(x_KMN, triples, dtype, num_compensated=num_compensated)
+    torch._foreach_copy_(list(out), list(result_KMN))
+    return finite_K.tolist()
