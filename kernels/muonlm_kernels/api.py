@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast, overload
+from typing import Literal, overload
 
 import torch
 from torch.utils._triton import has_triton
@@ -19,7 +19,6 @@ from muonlm_kernels.rounding import compensated_steps, tolerates_pairs
 _TRITON_MIN_M = 128
 # Two steps that share one X X^T save 3 m^2 n FLOPs and cost 3 m^3, more launches, and some accuracy.
 _PAIR_MIN_ASPECT = 2.0
-Matrices = torch.Tensor | Sequence[torch.Tensor]
 _NOT_FINITE = "a matrix given to newton_schulz holds NaN or infinity"
 
 
@@ -75,32 +74,39 @@ def newton_schulz(
     Formula: X <- a X + (b A + c A^2) X with A = X X^T over the shorter side (see `coefficients` for the sources).
     """
     triples = _triples(coefficients, steps)
+    is_aol = isinstance(coefficients, str) and COEFFICIENTS[coefficients].preconditioner == "aol"
+    if isinstance(grad, torch.Tensor) and grad.ndim == 2 and grad.device.type == "cpu" and not is_aol:
+        grad = grad.detach() if grad.requires_grad else grad
+        return _one_on_cpu(grad, triples, _iterate_dtype(grad, dtype), compensated, finite)
     if not isinstance(grad, torch.Tensor):
         _check_list(grad)
-    elif grad.ndim not in (2, 3):
+        if not grad:
+            return []
+        stack_KMN = torch.stack(list(grad))
+    elif grad.ndim in (2, 3):
+        stack_KMN = grad if grad.ndim == 3 else grad[None]
+    else:
         raise ValueError(f"newton_schulz takes (M, N) or (K, M, N), got shape {tuple(grad.shape)}")
-    if len(grad) == 0:
-        return torch.empty_like(grad, dtype=dtype or grad.dtype) if isinstance(grad, torch.Tensor) else []
-    is_one = isinstance(grad, torch.Tensor) and grad.ndim == 2
-    matrices = cast("Matrices", [grad] if is_one else grad)
-    dtype = _iterate_dtype(matrices[0], dtype)
-    is_tall = matrices[0].shape[0] > matrices[0].shape[1]
-    result: Matrices
-    is_finite: torch.Tensor | list[bool]
-    with torch.no_grad():
-        wide = _transposed(matrices) if is_tall else matrices
-        if isinstance(coefficients, str) and COEFFICIENTS[coefficients].preconditioner == "aol":
-            result, is_finite = reference.orthogonalize(_stacked(wide), triples, dtype, preconditioner="aol")
-        else:
-            num_compensated = compensated_steps(triples, dtype) if compensated else 0
-            result, is_finite = _orthogonalize(wide, triples, dtype, num_compensated)
-        result = _transposed(result) if is_tall else result
-        _report(is_finite, finite)
-    if is_one:
-        return result[0]
+    stack_KMN = stack_KMN.detach()
+    dtype = _iterate_dtype(stack_KMN, dtype)
+    is_tall = stack_KMN.shape[1] > stack_KMN.shape[2]
+    wide_KMN = stack_KMN.mT if is_tall else stack_KMN
+    num_compensated = compensated_steps(triples, dtype) if compensated else 0
+    if is_aol:
+        result_KMN, is_finite_K = reference.orthogonalize(wide_KMN, triples, dtype, preconditioner="aol")
+    else:
+        result_KMN, is_finite_K = _orthogonalize(wide_KMN, triples, dtype, num_compensated)
+    if finite is not None:
+        finite.copy_(is_finite_K.view(finite.shape))
+    elif is_finite_K.device.type != "cpu":
+        torch._assert_async(is_finite_K.all(), _NOT_FINITE)
+    elif not bool(is_finite_K.all()):
+        first = is_finite_K.tolist().index(False)
+        raise FloatingPointError(f"{_NOT_FINITE}: number {first}, counted from 0, of {len(is_finite_K)}")
+    result_KMN = result_KMN.mT if is_tall else result_KMN
     if not isinstance(grad, torch.Tensor):
-        return list(result)
-    return result if isinstance(result, torch.Tensor) else result[0][None]
+        return list(result_KMN)
+    return result_KMN if grad.ndim == 3 else result_KMN[0]
 
 
 def matmul_flops(rows: int, cols: int, steps: int = 5) -> int:
@@ -109,14 +115,14 @@ def matmul_flops(rows: int, cols: int, steps: int = 5) -> int:
     return steps * (4 * m * m * n + 2 * m**3)
 
 
-def _triples(coefficients: str | Sequence[Triple], steps: int | None) -> Sequence[Triple]:
+def _triples(coefficients: str | Sequence[Triple], steps: int | None) -> tuple[Triple, ...]:
     if isinstance(coefficients, str):
         return named_coefficients(coefficients, steps)
     if steps is not None:
         raise ValueError("steps is for a named set; a sequence of triples says itself how many there are")
     if not coefficients or any(len(triple) != 3 for triple in coefficients):
         raise ValueError(f"coefficients is a name or at least one triple (a, b, c), got {coefficients!r}")
-    return coefficients
+    return tuple(coefficients)
 
 
 def _check_list(grads: Sequence[torch.Tensor]) -> None:
@@ -139,48 +145,39 @@ def _iterate_dtype(grad: torch.Tensor, dtype: torch.dtype | None) -> torch.dtype
     return dtype
 
 
-def _transposed(matrices: Matrices) -> Matrices:
-    return matrices.mT if isinstance(matrices, torch.Tensor) else [matrix.mT for matrix in matrices]
-
-
-def _stacked(matrices: Matrices) -> torch.Tensor:
-    return matrices if isinstance(matrices, torch.Tensor) else torch.stack(list(matrices))
+def _one_on_cpu(
+    grad_MN: torch.Tensor,
+    triples: tuple[Triple, ...],
+    dtype: torch.dtype,
+    compensated: bool,
+    finite: torch.Tensor | None,
+) -> torch.Tensor:
+    """The short way: for a small matrix, a few layers of Python cost as much as one of the 15 products."""
+    rows, cols = grad_MN.shape
+    num_compensated = compensated_steps(triples, dtype) if compensated else 0
+    wide_MN = grad_MN.mT if rows > cols else grad_MN
+    result_MN, is_finite = cpu.orthogonalize_one(wide_MN, triples, dtype, num_compensated)
+    if finite is not None:
+        finite.fill_(is_finite)
+    elif not is_finite:
+        raise FloatingPointError(_NOT_FINITE)
+    return result_MN.mT if rows > cols else result_MN
 
 
 def _orthogonalize(
-    matrices: Matrices, triples: Sequence[Triple], dtype: torch.dtype, num_compensated: int
-) -> tuple[Matrices, torch.Tensor | list[bool]]:
-    """The results for matrices (M, N), M <= N, and which of these are finite."""
-    (m, n), device = matrices[0].shape, matrices[0].device
-    if m == 0:
-        return torch.zeros((len(matrices), m, n), dtype=dtype, device=device), [True] * len(matrices)
-    if device.type == "cpu":
-        # One result is made alone: cutting it out of a stack costs as much as a small product.
-        shape = (m, n) if len(matrices) == 1 else (len(matrices), m, n)
-        out = torch.empty(shape, dtype=dtype)
-        results: Matrices = [out] if len(matrices) == 1 else out
-        return results, cpu.orthogonalize(matrices, triples, dtype, results, num_compensated=num_compensated)
-    stack_KMN = _stacked(matrices)
+    stack_KMN: torch.Tensor, triples: tuple[Triple, ...], dtype: torch.dtype, num_compensated: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The results for a stack with M <= N, and which of its matrices are finite, (K,)."""
+    _, m, n = stack_KMN.shape
+    if stack_KMN.numel() == 0:
+        is_finite_K = torch.ones(stack_KMN.shape[0], dtype=torch.bool, device=stack_KMN.device)
+        return torch.empty_like(stack_KMN, dtype=dtype), is_finite_K
+    if stack_KMN.device.type == "cpu":
+        return cpu.orthogonalize(stack_KMN, triples, dtype, num_compensated)
     if stack_KMN.is_cuda and m >= _TRITON_MIN_M and dtype in (torch.bfloat16, torch.float16) and has_triton():
         from muonlm_kernels.gpu import backend
 
-        pairs = n >= _PAIR_MIN_ASPECT * m and tolerates_pairs(tuple(triples))
-        return backend.orthogonalize(
-            stack_KMN,
-            triples,
-            dtype=dtype,
-            method="paired" if pairs else "standard",
-            compensated=num_compensated > 0,
-        )
+        pairs = n >= _PAIR_MIN_ASPECT * m and tolerates_pairs(triples)
+        method: Literal["paired", "standard"] = "paired" if pairs else "standard"
+        return backend.orthogonalize(stack_KMN, triples, dtype=dtype, method=method, compensated=num_compensated > 0)
     return reference.orthogonalize(stack_KMN, triples, dtype, num_compensated=num_compensated)
-
-
-def _report(is_finite: torch.Tensor | list[bool], finite: torch.Tensor | None) -> None:
-    """Fill the caller's flag, or raise: at once on a CPU, else when the device comes to it."""
-    if finite is not None:
-        flags = is_finite if isinstance(is_finite, torch.Tensor) else torch.tensor(is_finite)
-        finite.copy_(flags.view(finite.shape))
-    elif isinstance(is_finite, torch.Tensor):
-        torch._assert_async(is_finite.all(), _NOT_FINITE)
-    elif not all(is_finite):
-        raise FloatingPointError(f"{_NOT_FINITE}: number {is_finite.index(False)}, counted from 0, of {len(is_finite)}")

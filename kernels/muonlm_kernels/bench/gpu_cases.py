@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from muonlm_kernels.gpu.padding import padded
+
 Size = tuple[int, int, int]
 """(K, M, N): matrices of a stack, rows, columns; M is the shorter side."""
 
@@ -55,7 +57,11 @@ class Case:
 
 
 def products(kernels: Any, size: Size, device: torch.device, dtype: torch.dtype) -> list[Case]:
-    """A = X X^T, the polynomial b A + c A A^T, the update a X + b A X as it is, transposed, with rounding carried."""
+    """A = X X^T, the polynomial b A + c A A^T, the update a X + b A X as it is, transposed, with rounding carried.
+
+    `size` is padded, as it is wherever products are launched.
+    """
+    size = padded(*size)
     _, rows, cols = size
     x_KMN = _random(size, device, 0).div_(cols**0.5).to(dtype)
     a_KMM = x_KMN @ x_KMN.mT
@@ -99,7 +105,6 @@ def _updates(kernels: Any, a_KMM: torch.Tensor, x_KMN: torch.Tensor) -> list[Cas
     # What rounding took away: of the size that it has beside X.
     start_lo_KMN = (x_KMN.float() * 2**-9).to(torch.bfloat16)
     lo_KMN = start_lo_KMN.clone()
-    carried = {"lo_KMN": lo_KMN, "read_lo": True, "write_lo": True}
     flops = 2 * x_KMN.shape[1] * x_KMN.numel()
     moved = a_KMM.nbytes + 2 * x_KMN.nbytes
 
@@ -119,7 +124,7 @@ def _updates(kernels: Any, a_KMM: torch.Tensor, x_KMN: torch.Tensor) -> list[Cas
     with_lo = Case(
         operation="update, carried",
         kernel="update_lo",
-        launch=launch(out_KMN, **carried),
+        launch=launch(out_KMN, lo_KMN=lo_KMN),
         results=lambda result: [result, result.double() + lo_KMN.double()],
         exact=lambda: [exact() + _A * start_lo_KMN.double()] * 2,
         torch_call=torch_call,

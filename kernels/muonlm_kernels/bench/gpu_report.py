@@ -44,7 +44,7 @@ _USE = (
 
 @dataclass(frozen=True)
 class Extent:
-    """How much is run. Ragged sizes find wrong masks; `tuned` goes from part of a GPU's width to many times that."""
+    """How much is run. Ragged sizes find wrong masks and padding; `tuned` is from part of a GPU's width far beyond."""
 
     checked: Sequence[Size] = ((1, 33, 40), (3, 130, 1032), (2, 384, 640))
     dtypes: Sequence[torch.dtype] = (torch.bfloat16, torch.float16)
@@ -100,7 +100,7 @@ def rig_here() -> Rig:
         device=device,
         target=target,
         kernels=launches(),
-        candidates=lambda kernel, size: candidates(target, kernel, size),
+        candidates=lambda kernel, size: configs.candidates(target, kernel),
         pick=lambda kernel, size: configs.pick(target, kernel, batch=size[0], rows=size[1], cols=size[2]),
         methods=methods(),
         contenders=found,
@@ -128,15 +128,6 @@ def launches() -> SimpleNamespace:
         stats=elementwise.stats,
         scale_cast=elementwise.scale_cast,
     )
-
-
-def candidates(target: str, kernel: str, size: Size) -> list[KernelConfig]:
-    """The configurations of a kernel, with those of its form by descriptors where these can hold matrices of `size`."""
-    from muonlm_kernels.gpu import configs
-
-    _, rows, cols = size
-    by_descriptors = configs.candidates(target, f"{kernel}_tma") if rows % 8 == 0 and cols % 8 == 0 else ()
-    return [*configs.candidates(target, kernel), *by_descriptors]
 
 
 def methods() -> list[Contender]:

@@ -18,30 +18,44 @@ _SAFE_NORM = (1e-7, 1e7)
 
 
 def orthogonalize(
-    grads: torch.Tensor | Sequence[torch.Tensor],
-    triples: Sequence[Triple],
-    dtype: torch.dtype,
-    out: torch.Tensor | Sequence[torch.Tensor],
-    *,
-    num_compensated: int = 0,
-) -> list[bool]:
-    """Orthogonalize K matrices (M, N), M <= N, of any strides and float dtype, each into its `out` of `dtype`.
+    grad_KMN: torch.Tensor, triples: tuple[Triple, ...], dtype: torch.dtype, num_compensated: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Orthogonalize K matrices (M, N), 0 < M <= N, of any strides and float dtype.
 
-    Returns which matrices were finite. Those that were not, and zero matrices, give zeros. The first `num_compensated`
-    steps add the unrounded iterate (see `rounding`).
+    Returns the result (K, M, N) in `dtype` and a bool tensor (K,): which matrices were finite. Those that were not, and
+    zero matrices, give zeros. The first `num_compensated` steps add the unrounded iterate (see `rounding`). No result
+    depends on the other matrices, to the last bit.
     """
-    m, n = grads[0].shape
+    _, m, n = grad_KMN.shape
     chosen = rule(m, n, triples, dtype, num_compensated=num_compensated)
     if chosen.stacked:
-        return _stack(grads, triples, dtype, out, num_compensated)
+        return _stack(grad_KMN, triples, dtype, num_compensated)
+    out_KMN = torch.empty(grad_KMN.shape, dtype=dtype)
     buffers = workspace.buffers(m, n, dtype)
-    return [_single(*pair, triples, chosen, buffers, num_compensated) for pair in zip(grads, out, strict=True)]
+    pairs = zip(grad_KMN, out_KMN, strict=True)
+    return out_KMN, torch.tensor([_single(*pair, triples, chosen, buffers, num_compensated) for pair in pairs])
+
+
+def orthogonalize_one(
+    grad_MN: torch.Tensor, triples: tuple[Triple, ...], dtype: torch.dtype, num_compensated: int = 0
+) -> tuple[torch.Tensor, bool]:
+    """As `orthogonalize`, for one matrix (M, N), M <= N; M may be 0."""
+    m, n = grad_MN.shape
+    chosen = rule(m, n, triples, dtype, num_compensated=num_compensated)
+    out_MN = torch.empty((m, n), dtype=dtype)
+    if m == 0:
+        return out_MN, True
+    if not chosen.stacked:
+        buffers = workspace.buffers(m, n, dtype)
+        return out_MN, _single(grad_MN, out_MN, triples, chosen, buffers, num_compensated)
+    out_1MN, is_finite_1 = _stack(grad_MN[None], triples, dtype, num_compensated)
+    return out_1MN[0], bool(is_finite_1)
 
 
 def _single(
     grad_MN: torch.Tensor,
     out_MN: torch.Tensor,
-    triples: Sequence[Triple],
+    triples: tuple[Triple, ...],
     chosen: Rule,
     buffers: Buffers,
     num_compensated: int,
@@ -83,28 +97,21 @@ def _copy(source_MN: torch.Tensor, target_MN: torch.Tensor) -> None:
 
 def _root_of_trace(gram_diagonal_M: torch.Tensor) -> float:
     """The Frobenius norm of X, from the diagonal of X X^T; NaN for NaN and infinity."""
-    trace = gram_diagonal_M.sum(dtype=torch.float64).item()
+    # As Python numbers: between large products, a torch operation that is called once costs more than these.
+    trace = sum(gram_diagonal_M.tolist())
     return math.sqrt(trace) if trace >= 0 else math.nan
 
 
 def _stack(
-    grads: torch.Tensor | Sequence[torch.Tensor],
-    triples: Sequence[Triple],
-    dtype: torch.dtype,
-    out: torch.Tensor | Sequence[torch.Tensor],
-    num_compensated: int,
-) -> list[bool]:
-    """All matrices at once, by batched products; no result depends on the other matrices."""
-    grad_KMN = grads if isinstance(grads, torch.Tensor) else torch.stack(list(grads))
+    grad_KMN: torch.Tensor, triples: Sequence[Triple], dtype: torch.dtype, num_compensated: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """All matrices at once, by batched products."""
     grad_KMN = grad_KMN if grad_KMN.dtype == torch.float64 else grad_KMN.float()
     norm_K11 = torch.linalg.vector_norm(grad_KMN, dim=(-2, -1), keepdim=True)
     x_KMN = grad_KMN / norm_K11
-    finite_K = torch.ones(len(grads), dtype=torch.bool)
+    is_finite_K = torch.ones(len(grad_KMN), dtype=torch.bool)
     is_safe_K = ((norm_K11 >= _SAFE_NORM[0]) & (norm_K11 <= _SAFE_NORM[1])).flatten()
     if not bool(is_safe_K.all()):
         unsafe = (~is_safe_K).nonzero().flatten()
-        normalized_KMN, finite_K[unsafe] = reference.normalize(grad_KMN[unsafe])
-        x_KMN[unsafe] = normalized_KMN.to(x_KMN.dtype)
-    result_KMN = reference.iterate(x_KMN, triples, dtype, num_compensated=num_compensated)
-    torch._foreach_copy_(list(out), list(result_KMN))
-    return finite_K.tolist()
+        x_KMN[unsafe], is_finite_K[unsafe] = reference.normalize(grad_KMN[unsafe])
+    return reference.iterate(x_KMN, triples, dtype, num_compensated=num_compensated), is_finite_K

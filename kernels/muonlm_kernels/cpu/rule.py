@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 
@@ -37,7 +36,8 @@ class Rule:
     blocks: int
 
 
-def rule(m: int, n: int, triples: Sequence[Triple], dtype: torch.dtype, *, num_compensated: int = 0) -> Rule:
+@lru_cache(maxsize=1024)
+def rule(m: int, n: int, triples: tuple[Triple, ...], dtype: torch.dtype, *, num_compensated: int = 0) -> Rule:
     """The rule for matrices of sides m <= n, from measurements on processors with and without AMX.
 
     The first `num_compensated` steps stay alone.
@@ -46,7 +46,7 @@ def rule(m: int, n: int, triples: Sequence[Triple], dtype: torch.dtype, *, num_c
     if m <= _STACK_MAX_M:
         return Rule(stacked=True, groups=(1,) * len(triples), blocks=1)
     is_exact = torch.finfo(dtype).eps < 1e-6
-    group = 2 if n >= _PAIR_MIN_ASPECT * m and (is_exact or tolerates_pairs(tuple(triples))) else 1
+    group = 2 if n >= _PAIR_MIN_ASPECT * m and (is_exact or tolerates_pairs(triples)) else 1
     groups = (1,) * num_compensated + (group,) * (steps // group) + (1,) * (steps % group)
     products_are_slow = dtype != torch.bfloat16 or not _has_amx()
     blocks = _SYMMETRIC_BLOCKS if products_are_slow and m >= _SYMMETRIC_MIN_M else 1

@@ -12,14 +12,14 @@ from muonlm_kernels.coefficients import Triple
 from muonlm_kernels.cpu.buffers import Buffers
 
 
-def plain_steps(buffers: Buffers, triples: Sequence[Triple], scale: float, out_MN: torch.Tensor) -> None:
+def plain_steps(buffers: Buffers, triples: tuple[Triple, ...], scale: float, out_MN: torch.Tensor) -> None:
     """One step after another, from X X^T on; as few Python instructions as possible, for small matrices."""
     (gram, _), (q, q_diagonal) = buffers.squares[:2]
     x, x_t, y, y_t = buffers.x, buffers.x_t, buffers.y, buffers.y_t
     a, b, c = triples[0]
     torch.addmm(gram, gram, gram, beta=b * scale**3, alpha=c * scale**5, out=q)
     torch.addmm(x, q, x, beta=a * scale, out=y if len(triples) > 1 else out_MN)
-    for index, offsets in enumerate(_offsets(tuple(triples), q.shape[0], q.dtype), start=1):
+    for index, offsets in enumerate(_offsets(triples, q.shape[0], q.dtype), start=1):
         x, x_t, y, y_t = y, y_t, x, x_t
         _, b, c = triples[index]
         torch.mm(x, x_t, out=gram)

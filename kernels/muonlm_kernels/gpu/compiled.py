@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from muonlm_kernels.gpu.configs import KernelConfig, ShippedKernel
-from muonlm_kernels.gpu.configs import _variants as variants
+from muonlm_kernels.gpu.configs import variants
 
 _TOOLS: Final = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # Four partitions of a multiprocessor or compute unit each have 512 registers a lane, which warps get in units of 8.

@@ -66,7 +66,7 @@ def _products(kernel: str, *shapes: tuple[tuple[int, int, int], int, int, int]) 
 
 
 # Largest tile first. Super-tiles and bands hold the operands of a wave of programs in L2 for matrices that exceed it.
-# "update_lo" is an update that reads or writes a carried rounding: the tiles for which that does not spill.
+# "update_lo" is an update that carries a rounding: the tiles for which that does not spill.
 _SHIPPED: Final[dict[str, dict[str, tuple[KernelConfig, ...]]]] = {
     "sm_80": {
         "symmetric": _products("symmetric", ((128, 128, 32), 4, 4, 8), ((64, 64, 64), 4, 3, 1)),
@@ -76,31 +76,24 @@ _SHIPPED: Final[dict[str, dict[str, tuple[KernelConfig, ...]]]] = {
     },
     "sm_90": {
         "symmetric": _products(
-            "symmetric", ((128, 256, 64), 8, 4, 4), ((128, 128, 64), 8, 3, 4), ((64, 64, 64), 4, 3, 1)
-        ),
-        "symmetric_tma": _products(
             "symmetric_tma", ((128, 256, 64), 8, 4, 4), ((128, 128, 64), 8, 3, 4), ((64, 64, 64), 4, 3, 1)
         ),
-        "update": _products("update", ((128, 256, 64), 8, 4, 8), ((128, 128, 64), 8, 3, 8), ((64, 64, 64), 4, 3, 8)),
-        "update_tma": _products(
+        "update": _products(
             "update_tma", ((128, 256, 64), 8, 4, 8), ((128, 128, 64), 8, 3, 8), ((64, 64, 64), 4, 3, 8)
         ),
-        "update_lo": _products("update", ((128, 128, 64), 8, 3, 8), ((64, 64, 64), 4, 3, 8)),
-        "update_lo_tma": _products("update_tma", ((128, 128, 64), 8, 4, 8), ((64, 64, 64), 4, 3, 8)),
+        "update_lo": _products("update_tma", ((128, 128, 64), 8, 3, 8), ((64, 64, 64), 4, 3, 8)),
         **_ELEMENTWISE,
     },
     "sm_100": {
         "symmetric": _products(
-            "symmetric", ((128, 256, 64), 8, 4, 4), ((128, 128, 64), 8, 3, 4), ((64, 64, 64), 4, 3, 1)
-        ),
-        "symmetric_tma": _products(
             "symmetric_tma", ((128, 256, 64), 8, 4, 4), ((128, 128, 64), 8, 3, 4), ((64, 64, 64), 4, 3, 1)
         ),
-        # A tile of 128x256 spills in the epilogue here.
-        "update": _products("update", ((128, 128, 64), 8, 3, 8), ((64, 64, 64), 4, 3, 8)),
-        "update_tma": _products("update_tma", ((128, 128, 64), 8, 4, 8), ((64, 64, 64), 4, 3, 8)),
-        "update_lo": _products("update", ((128, 128, 64), 8, 3, 8), ((64, 64, 64), 4, 3, 8)),
-        "update_lo_tma": _products("update_tma", ((128, 128, 64), 8, 4, 8), ((64, 64, 64), 4, 3, 8)),
+        "update": _products(
+            "update_tma", ((128, 256, 64), 8, 4, 8), ((128, 128, 64), 8, 3, 8), ((64, 64, 64), 4, 3, 8)
+        ),
+        "update_lo": _products(
+            "update_tma", ((128, 256, 64), 8, 4, 8), ((128, 128, 64), 8, 3, 8), ((64, 64, 64), 4, 3, 8)
+        ),
         **_ELEMENTWISE,
     },
     "gfx942": {
@@ -120,11 +113,25 @@ _SHIPPED: Final[dict[str, dict[str, tuple[KernelConfig, ...]]]] = {
 }
 
 # Not the first choice by what the compiler reports, but near enough for a timing to decide.
-_ALTERNATIVES: Final[dict[str, tuple[tuple[tuple[int, int, int], int, int, int], ...]]] = {
-    "sm_80": (((128, 128, 64), 8, 3, 8), ((128, 64, 64), 4, 3, 8)),
-    "sm_90": (((128, 128, 64), 8, 4, 4), ((128, 128, 64), 8, 3, 1)),
-    "sm_100": (((128, 128, 64), 8, 4, 4), ((128, 128, 64), 8, 3, 1)),
-    "gfx942": (((128, 128, 32), 8, 2, 8),),
+_ALTERNATIVES: Final[dict[str, dict[str, tuple[KernelConfig, ...]]]] = {
+    "sm_80": {
+        "symmetric": _products("symmetric", ((128, 256, 32), 8, 3, 4), ((128, 128, 32), 4, 5, 8)),
+        "update": _products("update", ((128, 256, 32), 8, 3, 8), ((128, 128, 32), 4, 5, 8)),
+        "update_lo": _products("update", ((64, 128, 32), 4, 4, 8)),
+    },
+    "sm_90": {
+        "symmetric": _products("symmetric_tma", ((128, 128, 64), 8, 3, 1)),
+        "update": _products("update_tma", ((128, 128, 64), 8, 3, 1)),
+    },
+    "sm_100": {
+        "symmetric": _products("symmetric_tma", ((128, 128, 64), 8, 3, 1)),
+        "update": _products("update_tma", ((128, 128, 64), 8, 3, 1)),
+    },
+    "gfx942": {
+        "symmetric": _products("symmetric", ((128, 128, 32), 8, 2, 8)),
+        "update": _products("update", ((128, 128, 32), 8, 2, 8)),
+        "update_lo": _products("update", ((128, 128, 32), 8, 2, 8)),
+    },
 }
 
 
@@ -147,15 +154,12 @@ def target_of(device: torch.device) -> str:
 
 
 def pick(target: str, kernel: str, *, batch: int, rows: int, cols: int) -> KernelConfig:
-    """The shipped configuration of `kernel` ("symmetric", "update_lo", ...) for contiguous stacks (batch, rows, cols).
+    """The shipped configuration of `kernel` ("symmetric", "update_lo", ...) for a stack (batch, rows, cols).
 
     The largest tile that still gives every multiprocessor a program, else the smallest. `rows` x `cols` is the result
-    of "update" and of the memory-bound kernels; for "symmetric" the result is `rows` x `rows`. The form that loads by
-    descriptors is taken where the target has one and rows of 16-bit numbers start at multiples of 16 bytes.
+    of "update" and of the memory-bound kernels; for "symmetric" the result is `rows` x `rows`.
     """
-    aligned = rows % 8 == 0 and cols % 8 == 0
-    shipped_kernels = _SHIPPED[target]
-    choices = shipped_kernels[f"{kernel}_tma" if aligned and f"{kernel}_tma" in shipped_kernels else kernel]
+    choices = _SHIPPED[target][kernel]
     for config in choices:
         if tiles(config, batch=batch, rows=rows, cols=cols) >= _MULTIPROCESSORS[target]:
             return config
@@ -172,17 +176,8 @@ def tiles(config: KernelConfig, *, batch: int, rows: int, cols: int) -> int:
 
 
 def candidates(target: str, kernel: str) -> tuple[KernelConfig, ...]:
-    """Configurations of `kernel` worth timing: those shipped, and alternatives that do not spill and can be launched.
-
-    `kernel` may be a "_tma" form; a target that has none has no candidates.
-    """
-    alternatives: tuple[KernelConfig, ...] = ()
-    if kernel in _SHIPPED[target] and kernel.removesuffix("_tma") in ("symmetric", "update"):
-        alternatives = _products(kernel, *_ALTERNATIVES[target])
-        alternatives = tuple(
-            config for config in alternatives if kernel.startswith("update") or config.block_n % config.block_m == 0
-        )
-    return tuple(dict.fromkeys((*_SHIPPED[target].get(kernel, ()), *alternatives)))
+    """Configurations of `kernel` worth timing: those shipped, and alternatives that fit the target as well."""
+    return _SHIPPED[target][kernel] + _ALTERNATIVES.get(target, {}).get(kernel, ())
 
 
 @dataclass(frozen=True)
@@ -205,7 +200,7 @@ class ShippedKernel:
 
 
 REFERENCE: Final = 4096
-_FLOATS: Final = ("alpha", "beta", "weight")
+_FLOATS: Final = ("alpha", "beta", "gain", "weight")
 _POINTERS: Final = {"partials_ptr": "*fp32", "finite_ptr": "*u8", "momentum_ptr": "*fp32", "lo_ptr": "*bf16"}
 
 
@@ -217,24 +212,26 @@ def shipped(target: str, dtype: str = "bf16") -> list[ShippedKernel]:
         variant
         for kernel in _SHIPPED[target]
         for config in candidates(target, kernel)
-        for variant in _variants(config, dtype, carried="_lo" in kernel)
+        for variant in variants(config, dtype, carried=kernel == "update_lo")
     ]
 
 
-def _variants(config: KernelConfig, dtype: str, *, carried: bool) -> list[ShippedKernel]:
-    """The specializations of one configuration: with and without an addend, wide and tall, `carried` rounding."""
+def variants(config: KernelConfig, dtype: str = "bf16", *, carried: bool = False) -> list[ShippedKernel]:
+    """The specializations of one configuration that launches ask for; for "update" only those that carry, or not.
+
+    Products are launched on sizes and strides that are multiples of 16, whatever the matrix (see `padding`).
+    """
     n = REFERENCE
     fn: Any
     flags: dict[str, dict[str, int | bool]]
-    tall = {"stride_yn": n, "stride_ym": 1}
     match config.kernel:
         case "symmetric" | "symmetric_tma":
             flags = {"xxt": {"HAS_D": False}, "poly": {"HAS_D": True}}
             fn = symmetric.symmetric_kernel if config.kernel == "symmetric" else tma.symmetric_tma_kernel
             flops, moved = float(n) ** 3 + n**2, 4.0 * n**2
         case "update" | "update_tma":
-            plain: dict[str, int | bool] = {"ADD_X": True, "READ_LO": carried, "WRITE_LO": carried}
-            flags = {"lo": plain} if carried else {"wide": plain, "tall": {**plain, **tall}}
+            tall = {"CARRY": False, "stride_yn": n, "stride_ym": 1}
+            flags = {"lo": {"CARRY": True}} if carried else {"wide": {"CARRY": False}, "tall": tall}
             fn = update.update_kernel if config.kernel == "update" else tma.update_tma_kernel
             flops, moved = 2.0 * n**3, 6.0 * n**2
         case "momentum":
@@ -244,7 +241,7 @@ def _variants(config: KernelConfig, dtype: str, *, carried: bool) -> list[Shippe
             flags = {"wide": {}}
             fn, flops, moved = elementwise.stats_kernel, 3.0 * n**2, 2.0 * n**2
         case _:
-            flags = {"wide": {"WRITE_LO": False}, "tall": {"WRITE_LO": True, "stride_xn": n, "stride_xm": 1}}
+            flags = {"wide": {"WRITE_LO": False}, "tall_lo": {"WRITE_LO": True, "stride_xn": n, "stride_xm": 1}}
             fn, flops, moved = elementwise.scale_cast_kernel, 2.0 * n**2, 4.0 * n**2
     blocks = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
     if config.block_k:

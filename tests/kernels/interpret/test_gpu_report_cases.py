@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from muonlm_kernels.bench.gpu_report import candidates, launches, methods
+from muonlm_kernels.bench.gpu_report import launches, methods
 from muonlm_kernels.bench.gpu_tune import Rig, check_kernels, check_methods
 from muonlm_kernels.gpu import configs, symmetric, tma, update
 
@@ -18,7 +18,7 @@ def rig() -> Rig:
         device=torch.device("cpu"),
         target=TARGET,
         kernels=launches(),
-        candidates=lambda kernel, size: [],
+        candidates=lambda kernel, size: configs.candidates(TARGET, kernel),
         pick=lambda kernel, size: configs.pick(TARGET, kernel, batch=size[0], rows=size[1], cols=size[2]),
         methods=methods(),
         contenders=[],
@@ -44,14 +44,6 @@ def test_every_method_passes_the_reports_check(rig: Rig) -> None:
     rows = check_methods(rig, (1, 20, 40))
     assert len(rows) == 2 * len(rig.methods)
     assert [row for row in rows if row["state"] != "ok"] == []
-
-
-def test_descriptors_are_tried_only_where_they_can_hold_the_matrices() -> None:
-    kernels = {config.kernel for config in candidates("sm_90", "symmetric", (1, 64, 96))}
-    assert kernels == {"symmetric", "symmetric_tma"}
-    for size in ((1, 33, 96), (1, 64, 97)):
-        assert {config.kernel for config in candidates("sm_90", "symmetric", size)} == {"symmetric"}
-    assert {config.kernel for config in candidates("sm_80", "update_lo", (1, 64, 96))} == {"update"}
 
 
 def test_a_configuration_by_descriptors_launches_that_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

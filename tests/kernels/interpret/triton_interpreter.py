@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -159,6 +159,7 @@ def install() -> None:
     binary_op, unary_op, dot = builder.binary_op, builder.unary_op, builder.create_dot
     cast, fp_to_fp, fma = builder.cast_impl, builder.create_fp_to_fp, builder.create_fma
     masked_load, masked_store, call = builder.create_masked_load, builder.create_masked_store, ti.GridExecutor.__call__
+    device_call, patched = ti.InterpretedFunction.__call__, set[str]()
 
     def is_bfloat16(*types: Any) -> bool:
         return any(t.scalar == tl.bfloat16 for t in types)
@@ -204,6 +205,7 @@ def install() -> None:
         return masked_store(self, ptrs, value, ti.TensorHandle(keep, tl.int1), *rest, **kwargs)
 
     def new_call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        patched.clear()
         # Infinity over infinity is an answer on a GPU, and not worth a warning here.
         with np.errstate(all="ignore"):
             if _recording is None:
@@ -221,6 +223,16 @@ def install() -> None:
             _recording.append(_current)
             _current = None
 
+    def new_device_call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # Triton patches its language anew at every call, which takes a quarter of all time; once a launch is enough.
+        if self.fn.__module__ in patched:
+            return self.rewrite()(*args, **kwargs)
+        patched.add(self.fn.__module__)
+        return device_call(self, *args, **kwargs)
+
+    # `overflows` counts what this would check, at twice the cost of the operation.
+    ti.interpreter_builder.options = replace(ti.interpreter_builder.options, sanitize_overflow=False)
+    ti.InterpretedFunction.__call__ = new_device_call
     builder.cast_impl, builder.create_fp_to_fp, builder.create_fma = new_cast, new_fp_to_fp, new_fma
     builder.binary_op, builder.unary_op, builder.create_dot = new_binary_op, new_unary_op, new_dot
     builder.create_masked_load, builder.create_masked_store = new_load, new_store
