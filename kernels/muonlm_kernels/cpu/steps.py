@@ -18,7 +18,8 @@ def plain_steps(buffers: Buffers, triples: tuple[Triple, ...], scale: float, out
     x, x_t, y, y_t = buffers.x, buffers.x_t, buffers.y, buffers.y_t
     a, b, c = triples[0]
     torch.addmm(gram, gram, gram, beta=b * scale**3, alpha=c * scale**5, out=q)
-    torch.addmm(x, q, x, beta=a * scale, out=y if len(triples) > 1 else out_MN)
+    q_diagonal.add_(_dithered(a * scale, q.shape[0], q.dtype))
+    torch.mm(q, x, out=y if len(triples) > 1 else out_MN)
     for index, offsets in enumerate(_offsets(triples, q.shape[0], q.dtype), start=1):
         x, x_t, y, y_t = y, y_t, x, x_t
         _, b, c = triples[index]
