@@ -106,6 +106,9 @@ class NewtonSchulzConfig(Section):
     dtype: Literal["auto", "bfloat16", "float32"] = field(
         "auto", "Precision of the iterates: auto takes bfloat16 where the device multiplies it fast."
     )
+    compensated: bool = field(
+        False, "Carry the rounding of the first iterates, which is noise in the update of a gradient of low rank."
+    )
 
 
 class MuonConfig(Section):

@@ -48,6 +48,7 @@ def build_optimizer(
         coefficients=config.newton_schulz.coefficients,
         steps=config.newton_schulz.steps,
         dtype=_iterate_dtype(config, model, iterate_dtype),
+        compensated=config.newton_schulz.compensated,
     )
 
 

@@ -49,8 +49,8 @@ class Muon(torch.optim.Optimizer):
 
     `params` are parameters, named parameters or groups, as for any torch optimizer; group keys override the defaults
     (an AdamW group without `lr` and `weight_decay` of its own has Muon's).
-    Parameters of muon groups must be two-dimensional, else UserError. `coefficients`, `steps` and `dtype` are those of
-    `muonlm_kernels.newton_schulz` and hold for the whole optimizer. State is allocated at construction:
+    Parameters of muon groups must be two-dimensional, else UserError. `coefficients`, `steps`, `dtype` and `compensated`
+    are those of `muonlm_kernels.newton_schulz` and hold for the whole optimizer. State is allocated at construction:
     `momentum_buffer` in the parameter's shape and dtype for Muon; `exp_avg`, `exp_avg_sq`, `step` for AdamW. Under a
     process group the Newton-Schulz work is split over the ranks and one all_gather a step brings the updates
     together; gradients must be averaged already (DDP). A parameter without gradient is left alone.
@@ -67,6 +67,7 @@ class Muon(torch.optim.Optimizer):
         coefficients: str = "polar_express",
         steps: int = 5,
         dtype: torch.dtype = torch.bfloat16,
+        compensated: bool = False,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
     ) -> None:
@@ -80,7 +81,9 @@ class Muon(torch.optim.Optimizer):
             "betas": betas,
             "eps": eps,
         }
-        self._orthogonalize = partial(newton_schulz, coefficients=coefficients, steps=steps, dtype=dtype)
+        self._orthogonalize = partial(
+            newton_schulz, coefficients=coefficients, steps=steps, dtype=dtype, compensated=compensated
+        )
         self._dtype, self._steps = dtype, steps
         self._exchange: ReplicatedExchange | None = None
         super().__init__(params, defaults)

@@ -9,6 +9,7 @@ from torch import nn
 from muonlm.config.errors import UserError
 from muonlm.optim.muon import Muon, update_scale
 from muonlm_kernels import newton_schulz, polar_factor
+from muonlm_kernels.oracle import noise_leak
 
 SHAPES = [(64, 64), (128, 48), (48, 128), (1, 32), (33, 17), (256, 64)]
 
@@ -84,6 +85,19 @@ def test_rms_adamw_gives_the_rms_of_adamw():
         weight.grad = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         Muon([weight], lr=1.0, weight_decay=0.0, scaling="rms_adamw", steps=10, dtype=torch.float32).step()
         assert weight.detach().square().mean().sqrt().item() == pytest.approx(0.2, rel=0.01)
+
+
+def test_compensated_keeps_noise_out_of_an_update_of_low_rank():
+    generator = torch.Generator().manual_seed(0)
+    grad = torch.randn(160, 8, generator=generator) @ torch.randn(8, 320, generator=generator)
+    leaks = []
+    for compensated in (False, True):
+        weight = nn.Parameter(torch.zeros(160, 320))
+        weight.grad = grad.clone()
+        Muon([weight], lr=1.0, weight_decay=0.0, dtype=torch.bfloat16, compensated=compensated).step()
+        leaks.append(noise_leak(weight.detach(), grad, rank=8))
+    assert leaks[0] > 0.15
+    assert leaks[1] < 0.05
 
 
 def test_adamw_groups_equal_torch_adamw():
