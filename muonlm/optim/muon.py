@@ -49,11 +49,11 @@ class Muon(torch.optim.Optimizer):
 
     `params` are parameters, named parameters or groups, as for any torch optimizer; group keys override the defaults
     (an AdamW group without `lr` and `weight_decay` of its own has Muon's).
-    Parameters of muon groups must be two-dimensional, else UserError. `coefficients`, `steps`, `dtype` and `compensated`
-    are those of `muonlm_kernels.newton_schulz` and hold for the whole optimizer. State is allocated at construction:
-    `momentum_buffer` in the parameter's shape and dtype for Muon; `exp_avg`, `exp_avg_sq`, `step` for AdamW. Under a
-    process group the Newton-Schulz work is split over the ranks and one all_gather a step brings the updates
-    together; gradients must be averaged already (DDP). A parameter without gradient is left alone.
+    Parameters of muon groups must be two-dimensional, else UserError. `coefficients`, `steps`, `dtype` and
+    `compensated` are those of `muonlm_kernels.newton_schulz` and hold for the whole optimizer. State is allocated at
+    construction: `momentum_buffer` in the parameter's shape and dtype for Muon; `exp_avg`, `exp_avg_sq`, `step` for
+    AdamW. Under a process group the Newton-Schulz work is split over the ranks and one all_gather a step brings the
+    updates together; gradients must be averaged already (DDP). A parameter without gradient is left alone.
     """
 
     def __init__(

@@ -24,8 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from muonlm_kernels.gpu.configs import KernelConfig, ShippedKernel
-from muonlm_kernels.gpu.configs import variants
+from muonlm_kernels.gpu.configs import KernelConfig, ShippedKernel, variants
 
 _TOOLS: Final = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # Four partitions of a multiprocessor or compute unit each have 512 registers a lane, which warps get in units of 8.
@@ -69,7 +68,6 @@ _REJECTED: Final[dict[str, tuple[KernelConfig, ...]]] = {
     "sm_80": (
         KernelConfig("symmetric", 128, 128, 64, 4, 3, {"group": 8}),
         KernelConfig("symmetric", 256, 256, 64, 8, 3, {"group": 8}),
-        KernelConfig("update", 128, 128, 64, 4, 3, {"group": 8}),
         KernelConfig("update", 256, 256, 64, 8, 3, {"group": 8}),
     ),
     "sm_90": (
@@ -79,7 +77,6 @@ _REJECTED: Final[dict[str, tuple[KernelConfig, ...]]] = {
     ),
     "sm_100": (
         KernelConfig("symmetric_tma", 256, 256, 64, 8, 3, {"group": 4}),
-        KernelConfig("update_tma", 128, 256, 64, 8, 4, {"group": 8}),
         KernelConfig("update_tma", 256, 256, 64, 8, 3, {"group": 8}),
     ),
     "gfx942": (

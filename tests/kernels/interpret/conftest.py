@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 
 def _load(name: str) -> ModuleType:
@@ -46,7 +47,14 @@ def kernel_checks() -> ModuleType:
 
 @pytest.fixture
 def clean(interpreter):
-    """Records the launches of a test, and fails it if one of them accessed memory wrongly."""
-    with interpreter.checks() as launches:
-        yield launches
+    """Records the launches of a test, and fails it if one of them accessed memory wrongly.
+
+    Memory that torch allocates without values holds NaN meanwhile: that is what this mode of torch is used for.
+    """
+    torch.use_deterministic_algorithms(True)
+    try:
+        with interpreter.checks() as launches:
+            yield launches
+    finally:
+        torch.use_deterministic_algorithms(False)
     assert [fault for launch in launches for fault in launch.faults()] == []

@@ -39,7 +39,7 @@ def _error(out: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(2, 40, 72), (1, 72, 40), (1, 33, 33), (2, 1, 9), (2, 9, 1)])
+@pytest.mark.parametrize("shape", [(2, 48, 80), (1, 80, 48), (2, 40, 72), (1, 65, 33), (2, 1, 9), (2, 9, 1)])
 def test_standard_follows_the_recurrence(clean, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     grad = _random(*shape)
     out, finite = backend.orthogonalize(grad, JORDAN, dtype=dtype)
@@ -51,8 +51,9 @@ def test_standard_follows_the_recurrence(clean, shape: tuple[int, ...], dtype: t
     assert len(clean) == 2 + 3 * len(JORDAN)
 
 
-@pytest.mark.parametrize("restarts", [(2,), (), (1, 3, 9)])
-@pytest.mark.parametrize("shape", [(2, 40, 72), (1, 130, 34)])
+@pytest.mark.parametrize(
+    ("shape", "restarts"), [((2, 40, 72), (2,)), ((1, 80, 48), (2,)), ((1, 130, 34), ()), ((1, 20, 33), (1, 3, 9))]
+)
 def test_gram_follows_the_recurrence(clean, shape: tuple[int, ...], restarts: tuple[int, ...]) -> None:
     grad = _random(*shape)
     out, _ = backend.orthogonalize(grad, JORDAN, dtype=torch.float16, method="gram", restarts=restarts)
@@ -97,6 +98,17 @@ def _leak(compensated: bool, method: str) -> float:
 def test_compensation_keeps_noise_out_of_the_null_space(clean, method: str) -> None:
     assert _leak(False, method) > 0.1
     assert _leak(True, method) < 0.05
+
+
+@pytest.mark.parametrize("shape", [(1, 48, 80), (1, 80, 48), (1, 40, 72), (1, 72, 40)])
+def test_compensation_reaches_every_form_of_the_result(clean, shape: tuple[int, ...]) -> None:
+    """A single step with so large a coefficient that it is carried: it reads lo, and its result is the last."""
+    grad, triples = _random(*shape), ((100.0, -1.0, 0.0),)
+    compensated, _ = backend.orthogonalize(grad, triples, dtype=torch.bfloat16, compensated=True)
+    plain, _ = backend.orthogonalize(grad, triples, dtype=torch.bfloat16)
+    exact = _recurrence(grad, triples)
+    assert _error(compensated, exact) < 2.0**-9
+    assert _error(compensated, exact) < 0.8 * _error(plain, exact)
 
 
 def test_gram_takes_the_standard_method_for_nearly_square_stacks(clean) -> None:
