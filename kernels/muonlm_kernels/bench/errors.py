@@ -30,7 +30,9 @@ SIDES = (256, 1024, 4096)
 
 @dataclass(frozen=True)
 class Variant:
-    """One row of the table. restarts: before which steps the Gram form starts anew; None is the standard form."""
+    """One row of the table. restarts: before which steps the Gram form starts anew ("paired": every second); None is the
+    standard form.
+    """
 
     label: str
     triples: tuple[Triple, ...]
@@ -80,6 +82,9 @@ def variants() -> list[Variant]:
         Variant("gram polar_express 5 (1.05), restart 2", loose, restarts=(2,)),
         Variant("gram polar_express 5 (1.05), no restart", loose, restarts=()),
         Variant("gram jordan 5, restart 2", named["jordan"].triples, restarts=(2,)),
+        Variant("paired polar_express 5", coefficients("polar_express"), restarts=(2, 4)),
+        Variant("paired jordan 5", named["jordan"].triples, restarts=(2, 4)),
+        Variant("paired cans 5", named["cans"].triples, restarts=(2, 4)),
     ]
 
 
