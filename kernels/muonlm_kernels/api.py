@@ -77,6 +77,8 @@ def newton_schulz(
     is_aol = isinstance(coefficients, str) and COEFFICIENTS[coefficients].preconditioner == "aol"
     if isinstance(grad, torch.Tensor) and grad.ndim == 2 and grad.device.type == "cpu" and not is_aol:
         grad = grad.detach() if grad.requires_grad else grad
+        if finite is not None:
+            _check_flag(finite, torch.Size(()), grad.device)
         return _one_on_cpu(grad, triples, _iterate_dtype(grad, dtype), compensated, finite)
     if not isinstance(grad, torch.Tensor):
         _check_list(grad)
@@ -88,6 +90,9 @@ def newton_schulz(
     else:
         raise ValueError(f"newton_schulz takes (M, N) or (K, M, N), got shape {tuple(grad.shape)}")
     stack_KMN = stack_KMN.detach()
+    if finite is not None:
+        shape = () if isinstance(grad, torch.Tensor) and grad.ndim == 2 else (len(stack_KMN),)
+        _check_flag(finite, torch.Size(shape), stack_KMN.device)
     dtype = _iterate_dtype(stack_KMN, dtype)
     is_tall = stack_KMN.shape[1] > stack_KMN.shape[2]
     wide_KMN = stack_KMN.mT if is_tall else stack_KMN
@@ -126,9 +131,17 @@ def _triples(coefficients: str | Sequence[Triple], steps: int | None) -> tuple[T
 
 
 def _check_list(grads: Sequence[torch.Tensor]) -> None:
+    if not isinstance(grads, Sequence) or not all(isinstance(grad, torch.Tensor) for grad in grads):
+        raise ValueError(f"newton_schulz takes a tensor or a list of tensors, got {type(grads).__name__}")
     kinds = {(tuple(grad.shape), grad.dtype, grad.device) for grad in grads}
     if len(kinds) > 1 or any(len(shape) != 2 for shape, _, _ in kinds):
         raise ValueError(f"a list has matrices (M, N) of one shape, dtype and device, got {sorted(map(str, kinds))}")
+
+
+def _check_flag(finite: torch.Tensor, shape: torch.Size, device: torch.device) -> None:
+    ok = isinstance(finite, torch.Tensor) and finite.dtype == torch.bool and finite.device == device
+    if not ok or finite.shape != shape:
+        raise ValueError(f"finite is a bool tensor of shape {tuple(shape)} on {device} to be filled, got {finite!r}")
 
 
 def _iterate_dtype(grad: torch.Tensor, dtype: torch.dtype | None) -> torch.dtype:

@@ -41,6 +41,6 @@ def tolerates_pairs(triples: tuple[Triple, ...]) -> bool:
     """
     largest = 1.0
     for a, b, c in triples:
-        x = torch.linspace(0, 1.01 * largest, 2001, dtype=torch.float64)
+        x = torch.linspace(0, 1.01 * largest, 2001, dtype=torch.float64, device="cpu")
         largest = float((x * (a + b * x**2 + c * x**4)).abs().max())
     return largest < 1.5

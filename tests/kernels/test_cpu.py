@@ -107,6 +107,20 @@ def test_what_was_left_in_the_buffers_does_not_matter(shape, dtype):
         assert torch.equal(newton_schulz(grad, dtype=dtype), expected)
 
 
+@pytest.mark.parametrize("shape", [(163, 211), (163, 500)])
+def test_what_is_kept_was_not_made_for_one_mode_or_device(shape):
+    grad = gaussian(*shape)
+    with torch.inference_mode():
+        first = newton_schulz(grad, dtype=torch.bfloat16).clone()
+    assert torch.equal(newton_schulz(grad, dtype=torch.bfloat16), first)
+    torch.set_default_device("meta")
+    try:
+        other = newton_schulz(grad[1:], dtype=torch.bfloat16)
+    finally:
+        torch.set_default_device(None)
+    assert torch.equal(newton_schulz(grad[1:], dtype=torch.bfloat16), other)
+
+
 def test_results_are_not_the_buffers():
     first = newton_schulz(gaussian(140, 150))
     kept = first.clone()

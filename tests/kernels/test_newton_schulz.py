@@ -131,6 +131,12 @@ def test_bad_arguments():
         newton_schulz(torch.ones(2, 2, dtype=torch.int64))
     with pytest.raises(ValueError, match="float16 iterates are for GPUs"):
         newton_schulz(torch.ones(2, 2), dtype=torch.float16)
+    for flag in (torch.zeros(3, dtype=torch.bool), torch.tensor(0.0), True):
+        for grad in (torch.ones(2, 2), torch.ones(2, 2, 2)):
+            with pytest.raises(ValueError, match="finite is a bool tensor of shape"):
+                newton_schulz(grad, finite=flag)
+    with pytest.raises(ValueError, match="a tensor or a list of tensors"):
+        newton_schulz(5)
     with pytest.raises(ValueError, match="of one shape, dtype and device"):
         newton_schulz([torch.ones(2, 2), torch.ones(2, 3)])
     with pytest.raises(ValueError, match="steps is 0"):

@@ -30,8 +30,9 @@ SIDES = (256, 1024, 4096)
 
 @dataclass(frozen=True)
 class Variant:
-    """One row of the table. restarts: before which steps the Gram form starts anew ("paired": every second); None is the
-    standard form.
+    """One row of the table.
+
+    restarts: before which steps the Gram form starts anew ("paired": every second); None is the standard form.
     """
 
     label: str

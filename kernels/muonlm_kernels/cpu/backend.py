@@ -30,10 +30,11 @@ def orthogonalize(
     chosen = rule(m, n, triples, dtype, num_compensated=num_compensated)
     if chosen.stacked:
         return _stack(grad_KMN, triples, dtype, num_compensated)
-    out_KMN = torch.empty(grad_KMN.shape, dtype=dtype)
+    out_KMN = torch.empty(grad_KMN.shape, dtype=dtype, device="cpu")
     buffers = workspace.buffers(m, n, dtype)
     pairs = zip(grad_KMN, out_KMN, strict=True)
-    return out_KMN, torch.tensor([_single(*pair, triples, chosen, buffers, num_compensated) for pair in pairs])
+    is_finite = [_single(*pair, triples, chosen, buffers, num_compensated) for pair in pairs]
+    return out_KMN, torch.tensor(is_finite, device="cpu")
 
 
 def orthogonalize_one(
@@ -42,7 +43,7 @@ def orthogonalize_one(
     """As `orthogonalize`, for one matrix (M, N), M <= N; M may be 0."""
     m, n = grad_MN.shape
     chosen = rule(m, n, triples, dtype, num_compensated=num_compensated)
-    out_MN = torch.empty((m, n), dtype=dtype)
+    out_MN = torch.empty((m, n), dtype=dtype, device="cpu")
     if m == 0:
         return out_MN, True
     if not chosen.stacked:
@@ -109,7 +110,7 @@ def _stack(
     grad_KMN = grad_KMN if grad_KMN.dtype == torch.float64 else grad_KMN.float()
     norm_K11 = torch.linalg.vector_norm(grad_KMN, dim=(-2, -1), keepdim=True)
     x_KMN = grad_KMN / norm_K11
-    is_finite_K = torch.ones(len(grad_KMN), dtype=torch.bool)
+    is_finite_K = torch.ones(len(grad_KMN), dtype=torch.bool, device="cpu")
     is_safe_K = ((norm_K11 >= _SAFE_NORM[0]) & (norm_K11 <= _SAFE_NORM[1])).flatten()
     if not bool(is_safe_K.all()):
         unsafe = (~is_safe_K).nonzero().flatten()

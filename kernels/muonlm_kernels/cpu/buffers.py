@@ -37,18 +37,23 @@ class _Workspace(threading.local):
     """One piece of memory that each thread keeps and lets grow, and the buffers cut from it."""
 
     def __init__(self) -> None:
-        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._memory = torch.empty(0, dtype=torch.uint8, device="cpu")
         self._buffers: dict[tuple[int, int, torch.dtype], Buffers] = {}
 
     def buffers(self, m: int, n: int, dtype: torch.dtype) -> Buffers:
         """Buffers of one shape; their content is whatever was left there."""
         if found := self._buffers.get((m, n, dtype)):
             return found
+        # Made in inference mode, they could not be written outside of it.
+        with torch.inference_mode(False):
+            return self._buffers.setdefault((m, n, dtype), self._make(m, n, dtype))
+
+    def _make(self, m: int, n: int, dtype: torch.dtype) -> Buffers:
         per_line = _CACHE_LINE_BYTES // dtype.itemsize
         shapes = [(side, per_line * (-(-side // per_line) | 1)) for side in (n, n, m, m, m, m, m)]
         need = m * sum(stride for _, stride in shapes) * dtype.itemsize
         if self._memory.numel() < need:
-            self._memory = torch.empty(need, dtype=torch.uint8)
+            self._memory = torch.empty(need, dtype=torch.uint8, device="cpu")
             self._buffers.clear()
         memory, begin, views, gaps = self._memory[:need].view(dtype), 0, [], []
         for side, stride in shapes:
@@ -58,8 +63,7 @@ class _Workspace(threading.local):
                 gaps.append(whole[:, side : side + per_line - side % per_line])
             begin += m * stride
         x, y, *squares = views
-        made = Buffers(x, x.mT, y, y.mT, [(square, square.diagonal()) for square in squares], gaps)
-        return self._buffers.setdefault((m, n, dtype), made)
+        return Buffers(x, x.mT, y, y.mT, [(square, square.diagonal()) for square in squares], gaps)
 
 
 workspace = _Workspace()

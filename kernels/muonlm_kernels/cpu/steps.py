@@ -103,14 +103,17 @@ def _dithered(value: float, size: int, dtype: torch.dtype) -> torch.Tensor:
 def _dither(size: int, dtype: torch.dtype) -> torch.Tensor:
     """Offsets for values of [1/2, 1): multiples of the golden ratio, which fill an interval evenly from any start."""
     golden = (math.sqrt(5) - 1) / 2
-    offsets = ((torch.arange(size, dtype=torch.float64) * golden) % 1 - 0.5) * (torch.finfo(dtype).eps / 4)
-    return offsets if dtype == torch.float64 else offsets.float()
+    with torch.inference_mode(False):  # they are kept
+        steps = torch.arange(size, dtype=torch.float64, device="cpu")
+        offsets = ((steps * golden) % 1 - 0.5) * (torch.finfo(dtype).eps / 4)
+        return offsets if dtype == torch.float64 else offsets.float()
 
 
 @lru_cache(maxsize=256)
 def _offsets(triples: tuple[Triple, ...], size: int, dtype: torch.dtype) -> list[torch.Tensor]:
     """What is added to the diagonal of Q in the second step and those after it."""
-    return [_dithered(a, size, dtype) for a, _, _ in triples[1:]]
+    with torch.inference_mode(False):  # they are kept
+        return [_dithered(a, size, dtype) for a, _, _ in triples[1:]]
 
 
 def symmetric_product(
