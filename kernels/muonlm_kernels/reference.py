@@ -38,7 +38,8 @@ def normalize(grad_KMN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
     Dividing by the largest magnitude first keeps the squares of very small and very large entries in range.
     """
-    x_KMN = grad_KMN if grad_KMN.dtype == torch.float64 else grad_KMN.float()
+    # Contiguous, so that sums are in one order, whatever the strides.
+    x_KMN = (grad_KMN if grad_KMN.dtype == torch.float64 else grad_KMN.float()).contiguous()
     largest_K11 = x_KMN.abs().amax(dim=(-2, -1), keepdim=True)
     finite_K11 = largest_K11.isfinite()
     x_KMN = torch.where(finite_K11 & (largest_K11 > 0), x_KMN / largest_K11, 0.0)

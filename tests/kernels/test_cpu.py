@@ -156,6 +156,7 @@ def test_a_matrix_does_not_depend_on_the_others_of_its_list(shape):
     for grad, result in zip(grads, together, strict=True):
         assert torch.equal(newton_schulz(grad), result)
         assert torch.equal(newton_schulz(grad[None])[0], result)
+        assert torch.equal(newton_schulz(grad.mT.contiguous().mT), result)
 
 
 def test_offsets_of_the_diagonal_are_a_quarter_unit_at_most():
