@@ -66,3 +66,11 @@ def test_compiled_refuses_an_interpreting_process(monkeypatch, capsys):
     assert "TRITON_INTERPRET" in capsys.readouterr().err
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     assert "TRITON_INTERPRET" not in (compiled.why_not() or "")
+
+
+@pytest.mark.parametrize("name", ["compare", "errors", "associative-memory"])
+def test_a_file_that_cannot_be_written_is_refused_before_measuring(name, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([name, "--json", str(tmp_path / "missing" / "x.json")])
+    assert ended.value.code == 2
+    assert "x.json" in capsys.readouterr().err

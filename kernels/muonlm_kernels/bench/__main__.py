@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from typing import Final
@@ -37,7 +38,14 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "python -m muonlm_ker
         allow_abbrev=False,
     )
     module.add_arguments(options)
-    return int(module.run(options.parse_args(rest[1:])))
+    args = options.parse_args(rest[1:])
+    try:
+        code = int(module.run(args))
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # the reader has gone: nothing is left to say, also when Python closes its files
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:

@@ -14,11 +14,11 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 
 from muonlm_kernels import oracle
+from muonlm_kernels.bench.compare import writable_file
 from muonlm_kernels.bench.errors import DTYPES, variants
 from muonlm_kernels.bench.table import table
 
@@ -120,7 +120,7 @@ def anchors(associations: int) -> dict[str, Outcome]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `associative-memory`."""
     parser.add_argument("--associations", type=int, default=99, metavar="K", help="pairs, a multiple of 3 [99]")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures as JSON too")
+    parser.add_argument("--json", type=writable_file, metavar="FILE", help="write all figures as JSON too")
 
 
 def run(args: argparse.Namespace) -> int:

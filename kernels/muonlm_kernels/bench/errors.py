@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import pairwise
-from pathlib import Path
 from statistics import fmean
 from typing import Literal
 
 import torch
 
 from muonlm_kernels import oracle
+from muonlm_kernels.bench.compare import writable_file
 from muonlm_kernels.bench.emulated import iterate_gram, iterate_standard, normalize
 from muonlm_kernels.bench.table import table
 from muonlm_kernels.coefficients import COEFFICIENTS, Triple, coefficients
@@ -205,7 +205,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--separate", action="store_true", help="round products and terms before adding them, as eager code does"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures as JSON too")
+    parser.add_argument("--json", type=writable_file, metavar="FILE", help="write all figures as JSON too")
 
 
 def run(args: argparse.Namespace) -> int:
