@@ -42,6 +42,19 @@ class KernelConfig:
     num_stages: int
     extra: Mapping[str, int] = field(default_factory=dict, hash=False)
 
+    @property
+    def constants(self) -> dict[str, int]:
+        """The constant arguments of the kernel that the configuration decides."""
+        blocks = {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n}
+        if self.block_k:
+            return blocks | {"BLOCK_K": self.block_k, "GROUP": self.extra["group"]}
+        return blocks | {"MAX_PARTS": self.extra["max_parts"]} if self.kernel == "scale_cast" else blocks
+
+    @property
+    def launch(self) -> dict[str, int]:
+        """The keyword arguments of a launch that the configuration decides."""
+        return self.constants | {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
     def __str__(self) -> str:
         tile = f"{self.block_m}x{self.block_n}" + (f"x{self.block_k}" if self.block_k else "")
         group = f" g{self.extra['group']}" if "group" in self.extra else ""
@@ -243,13 +256,8 @@ def variants(config: KernelConfig, dtype: str = "bf16", *, carried: bool = False
         case _:
             flags = {"wide": {"WRITE_LO": False}, "tall_lo": {"WRITE_LO": True, "stride_xn": n, "stride_xm": 1}}
             fn, flops, moved = elementwise.scale_cast_kernel, 2.0 * n**2, 4.0 * n**2
-    blocks = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
-    if config.block_k:
-        blocks |= {"BLOCK_K": config.block_k, "GROUP": config.extra["group"]}
-    elif config.kernel == "scale_cast":
-        blocks["MAX_PARTS"] = config.extra["max_parts"]
     return [
-        _shipped(f"{config} {name}", config, fn, dtype, {**blocks, **given}, flops, moved)
+        _shipped(f"{config} {name}", config, fn, dtype, {**config.constants, **given}, flops, moved)
         for name, given in flags.items()
     ]
 

@@ -200,10 +200,7 @@ def stats(x_KMN: torch.Tensor, config: KernelConfig) -> torch.Tensor:
         cols,
         parts,
         *x_KMN.stride(),
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **config.launch,
     )
     return partials_K2P
 
@@ -239,10 +236,7 @@ def momentum(
         *momentum_KMN.stride(),
         *update_KMN.stride(),
         NESTEROV=nesterov,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **config.launch,
     )
     return partials_K2P
 
@@ -281,10 +275,6 @@ def scale_cast(
         *x_KMN.stride(),
         *out_KMN.stride(),
         WRITE_LO=lo_KMN is not None,
-        MAX_PARTS=config.extra["max_parts"],
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **config.launch,
     )
     return finite_K

@@ -144,12 +144,7 @@ def symmetric_tma(
         *d_KMM.stride(),
         *out_KMM.stride(),
         HAS_D=addend_KMM is not None,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        GROUP=config.extra["group"],
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **config.launch,
     )
     return out_KMM
 
@@ -183,11 +178,6 @@ def update_tma(
         *x_KMN.stride(),
         *out_KMN.stride(),
         CARRY=lo_KMN is not None,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        GROUP=config.extra["group"],
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **config.launch,
     )
     return out_KMN

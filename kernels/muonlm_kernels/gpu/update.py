@@ -182,11 +182,6 @@ def update(
         *x_KMN.stride(),
         *out_KMN.stride(),
         CARRY=lo_KMN is not None,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        GROUP=config.extra["group"],
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **config.launch,
     )
     return out_KMN
