@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from muonlm.config.errors import UserError
+from muonlm.track.disk import disk_errors
 
 SCHEMA_VERSION = 1
 FILE_NAME = "metrics.jsonl"
@@ -21,7 +22,7 @@ class MetricsWriter:
 
     def __init__(self, run_dir: str | Path) -> None:
         self._path = Path(run_dir) / FILE_NAME
-        with _disk_errors(self._path):
+        with disk_errors(self._path):
             _drop_torn_line(self._path)
             self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
 
@@ -29,7 +30,7 @@ class MetricsWriter:
         """Append one record of `kind` "train", "eval" or "event". Raises ValueError for NaN and infinity."""
         stamp = round(time.time(), 3)
         line = json.dumps({"schema": SCHEMA_VERSION, "kind": kind, "unix_s": stamp, **record}, allow_nan=False)
-        with _disk_errors(self._path):
+        with disk_errors(self._path):
             self._file.write(line + "\n")
             self._file.flush()
 
@@ -38,7 +39,7 @@ class MetricsWriter:
         kept = [record for record in _read(self._path) if record["step"] <= step]
         self._file.close()
         temporary = self._path.with_suffix(".tmp")
-        with _disk_errors(self._path):
+        with disk_errors(self._path):
             with open(temporary, "w", encoding="utf-8") as out:
                 out.writelines(json.dumps(record) + "\n" for record in kept)
                 out.flush()
@@ -48,7 +49,7 @@ class MetricsWriter:
 
     def sync(self) -> None:
         """Put every record on the disk: called before a checkpoint, which must not outlive its records."""
-        with _disk_errors(self._path):
+        with disk_errors(self._path):
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -83,16 +84,6 @@ def _read(path: Path) -> list[dict[str, Any]]:
             )
         records.append(record)
     return records
-
-
-@contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be written: {error.strerror}; free space there and repeat the command"
-        ) from error
 
 
 def _drop_torn_line(path: Path) -> None:

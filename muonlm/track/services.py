@@ -9,6 +9,7 @@ from typing import Any
 
 from muonlm.config.errors import UserError
 from muonlm.config.schema import TrainConfig
+from muonlm.track.disk import disk_errors
 
 
 class TensorBoardSink:
@@ -41,13 +42,9 @@ class WandbSink:
         except ImportError as error:
             raise _missing("track.wandb", "wandb") from error
         id_file = run_dir / "wandb_id"
-        try:
+        with disk_errors(id_file):
             if not id_file.exists():
                 id_file.write_text(uuid.uuid4().hex[:12] + "\n")
-        except OSError as error:
-            raise UserError(
-                f"{id_file} cannot be written: {error.strerror}; free space there and repeat the command"
-            ) from error
         self._run = wandb.init(
             project=config.track.wandb_project,
             name=config.name,

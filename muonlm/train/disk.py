@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from muonlm.config.errors import UserError
+from muonlm.track.disk import disk_errors
 
 
 class LogFile(logging.FileHandler):
@@ -16,18 +14,6 @@ class LogFile(logging.FileHandler):
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Nothing: what was not written is lost."""
-
-
-@contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turn a failed write into a UserError that names the place. A run that ends so goes on from its checkpoint."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be written: {error.strerror or error}. Free space there, or set run_dir to another place, "
-            "and repeat the command"
-        ) from error
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -24,7 +24,8 @@ from muonlm.config.load import dump_toml
 from muonlm.config.schema import TrainConfig
 from muonlm.dist.agree import on_main, raised_on_all_ranks
 from muonlm.dist.process import World
-from muonlm.train.disk import LogFile, disk_errors, write_atomically
+from muonlm.track.disk import disk_errors
+from muonlm.train.disk import LogFile, write_atomically
 
 STATUS_SCHEMA = 1
 # What a run may go on with although it began with another value: nothing here changes the numbers it computes, but
