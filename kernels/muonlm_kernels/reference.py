@@ -33,13 +33,17 @@ def orthogonalize(
     return iterate(x_KMN, triples, dtype, num_compensated=num_compensated), finite_K
 
 
+def widened(grad_KMN: torch.Tensor) -> torch.Tensor:
+    """The stack in fp32 (fp64 for fp64), contiguous, so that sums are in one order, whatever the strides."""
+    return (grad_KMN if grad_KMN.dtype == torch.float64 else grad_KMN.float()).contiguous()
+
+
 def normalize(grad_KMN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """X / ||X||_F in fp32 (fp64 for fp64), and which matrices are finite; zeros where one is zero or not finite.
 
     Dividing by the largest magnitude first keeps the squares of very small and very large entries in range.
     """
-    # Contiguous, so that sums are in one order, whatever the strides.
-    x_KMN = (grad_KMN if grad_KMN.dtype == torch.float64 else grad_KMN.float()).contiguous()
+    x_KMN = widened(grad_KMN)
     largest_K11 = x_KMN.abs().amax(dim=(-2, -1), keepdim=True)
     finite_K11 = largest_K11.isfinite()
     x_KMN = torch.where(finite_K11 & (largest_K11 > 0), x_KMN / largest_K11, 0.0)

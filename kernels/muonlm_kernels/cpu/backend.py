@@ -107,8 +107,7 @@ def _stack(
     grad_KMN: torch.Tensor, triples: Sequence[Triple], dtype: torch.dtype, num_compensated: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """All matrices at once, by batched products."""
-    grad_KMN = grad_KMN if grad_KMN.dtype == torch.float64 else grad_KMN.float()
-    grad_KMN = grad_KMN.contiguous()  # sums in one order, whatever the strides
+    grad_KMN = reference.widened(grad_KMN)
     norm_K11 = torch.linalg.vector_norm(grad_KMN, dim=(-2, -1), keepdim=True)
     x_KMN = grad_KMN / norm_K11
     is_finite_K = torch.ones(len(grad_KMN), dtype=torch.bool, device="cpu")
