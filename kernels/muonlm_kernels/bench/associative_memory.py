@@ -18,8 +18,8 @@ from functools import partial
 import torch
 
 from muonlm_kernels import oracle
-from muonlm_kernels.bench.compare import writable_file
 from muonlm_kernels.bench.errors import DTYPES, variants
+from muonlm_kernels.bench.options import writable_file
 from muonlm_kernels.bench.table import table
 
 ALPHA, BETA, EPSILON = 0.8, 0.2, 0.1

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from muonlm_kernels.bench.measure import Plan, Shape, compare
+from muonlm_kernels.bench.measure import Plan, compare
+from muonlm_kernels.bench.options import device_of, positive, shape_of, writable_file
 from muonlm_kernels.bench.peers import comparable_coefficients, contenders
 from muonlm_kernels.bench.table import table
 from muonlm_kernels.bench.timing import cpu_timer, timer_for
@@ -21,17 +19,15 @@ SHAPES = ("256x256", "512x512", "1024x1024", "768x3072", "1024x4096", "12x768x76
 QUICK_SHAPES = ("64x96", "3x32x32")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
-_MOST_ELEMENTS = 2**30
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `compare`. Wrong values end with one message and exit code 2."""
     add = parser.add_argument
     add("--shapes", nargs="+", type=shape_of, metavar="MxN", help=f"MxN or KxMxN [{' '.join(SHAPES)}]")
-    add("--rounds", type=_positive(int), metavar="N", help="interleaved rounds of each shape, at most [15]")
-    add("--seconds", type=_positive(float), default=30.0, metavar="S", help="of a shape, after 5 rounds [30]")
-    add("--longest-call", type=_positive(float), default=5.0, metavar="S", help="leave out slower contenders [5]")
-    add("--threads", type=_positive(int), metavar="N", help="CPU threads [as torch has them]")
+    add("--rounds", type=positive(int), metavar="N", help="interleaved rounds of each shape, at most [15]")
+    add("--seconds", type=positive(float), default=30.0, metavar="S", help="of a shape, after 5 rounds [30]")
+    add("--longest-call", type=positive(float), default=5.0, metavar="S", help="leave out slower contenders [5]")
+    add("--threads", type=positive(int), metavar="N", help="CPU threads [as torch has them]")
     add("--device", type=device_of, default="auto", help="cpu, cuda or auto [auto]")
     add("--coefficients", choices=comparable_coefficients(), default="jordan", help="of the compared arm [jordan]")
     add("--dtype", choices=list(DTYPES), default="bfloat16", help="iterates of the compared arm [bfloat16]")
@@ -110,45 +106,3 @@ def _coverage(result: dict[str, Any]) -> str:
     """With few rounds the interval covers less than 95 %."""
     coverages = [pair["coverage"] for block in result["shapes"] for pair in block["ratios"]]
     return f"{min(coverages, default=0):.0%} interval"
-
-
-def shape_of(text: str) -> Shape:
-    """The shape that an option names, as 1024x4096 or 12x768x768."""
-    parts = text.split("x")
-    if len(parts) not in (2, 3) or not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise argparse.ArgumentTypeError(f"{text!r} is no shape; MxN or KxMxN is one, as in 1024x4096 or 12x768x768")
-    *stack, rows, cols = map(int, parts)
-    shape = Shape(stack[0] if stack else None, rows, cols)
-    if (shape.stack or 1) * rows * cols > _MOST_ELEMENTS:
-        raise argparse.ArgumentTypeError(f"{text} has more than {_MOST_ELEMENTS:,} elements")
-    return shape
-
-
-def device_of(text: str) -> torch.device:
-    """The device that an option names; `auto` is a GPU where there is one."""
-    if text not in ("auto", "cpu", "cuda"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not one of auto, cpu, cuda")
-    if text == "cuda" and not torch.cuda.is_available():
-        raise argparse.ArgumentTypeError("this torch sees no GPU")
-    return torch.device("cuda" if torch.cuda.is_available() and text != "cpu" else "cpu")
-
-
-def writable_file(text: str) -> Path:
-    """The path that an option names, checked before anything is measured."""
-    path = Path(text)
-    if path.is_dir() or not path.parent.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise argparse.ArgumentTypeError(f"cannot write {text}: a file in an existing, writable folder is needed")
-    return path
-
-
-def _positive(kind: Callable[[str], float]) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = 0
-        if not value > 0:  # NaN is not
-            raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
-        return value
-
-    return parse

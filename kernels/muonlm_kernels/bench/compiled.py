@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Final
 
-from muonlm_kernels.bench.compare import writable_file
+from muonlm_kernels.bench.options import writable_file
 from muonlm_kernels.bench.table import table
 
 if TYPE_CHECKING:

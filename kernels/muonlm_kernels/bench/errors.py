@@ -15,8 +15,8 @@ from typing import Literal
 import torch
 
 from muonlm_kernels import oracle
-from muonlm_kernels.bench.compare import writable_file
 from muonlm_kernels.bench.emulated import iterate_gram, iterate_standard, normalize
+from muonlm_kernels.bench.options import writable_file
 from muonlm_kernels.bench.table import table
 from muonlm_kernels.coefficients import COEFFICIENTS, Triple, coefficients
 from muonlm_kernels.generator import polar_express

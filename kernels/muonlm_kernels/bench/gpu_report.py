@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from muonlm_kernels import coefficients
-from muonlm_kernels.bench.compare import shape_of, text_of, writable_file
+from muonlm_kernels.bench.compare import text_of
 from muonlm_kernels.bench.gpu_cases import Size
 from muonlm_kernels.bench.gpu_tune import Rig, check_kernels, check_methods, tune
 from muonlm_kernels.bench.measure import Plan, compare, dtype_name
+from muonlm_kernels.bench.options import shape_of, writable_file
 from muonlm_kernels.bench.peers import STEPS, Contender, contenders
 from muonlm_kernels.bench.table import table
 from muonlm_kernels.bench.timing import gpu_facts, gpu_timer, machine
