@@ -6,7 +6,7 @@ makes further ones, `oracle` the exact polar factor and the measures of error, `
 """
 
 from muonlm_kernels.api import matmul_flops, newton_schulz
-from muonlm_kernels.coefficients import COEFFICIENTS, coefficients
+from muonlm_kernels.coefficients import COEFFICIENTS, Triple, coefficients
 from muonlm_kernels.oracle import polar_factor
 
-__all__ = ["COEFFICIENTS", "coefficients", "matmul_flops", "newton_schulz", "polar_factor"]
+__all__ = ["COEFFICIENTS", "Triple", "coefficients", "matmul_flops", "newton_schulz", "polar_factor"]

@@ -157,7 +157,7 @@ def run_trial(train_config: TrainConfig) -> Outcome:
 
 def _train(train_config: TrainConfig) -> Outcome:
     try:
-        from muonlm.optim.clip import NonFiniteGradient
+        from muonlm.optim.gradients import NonFiniteGradient
         from muonlm.train.loop import train
     except ImportError:
         return Outcome("error", error=traceback.format_exc())

@@ -25,9 +25,13 @@ class Count(TypedDict):
     seconds: float
 
 
+Op = Literal["sum", "max", "min", "avg"]
+Group = dist.ProcessGroup | None
 _COUNTS: dict[str, Count] = defaultdict(lambda: Count(calls=0, bytes=0, seconds=0.0))
 # Newer releases of torch rename it and warn of the old name.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_TEAMS: dict[tuple[int, ...], Group] = {}
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN, "avg": dist.ReduceOp.AVG}
 
 
@@ -46,11 +50,11 @@ def world_size() -> int:
     return dist.get_world_size() if is_active() else 1
 
 
-def all_reduce(tensor: torch.Tensor, op: Literal["sum", "max", "min", "avg"] = "sum") -> torch.Tensor:
-    """Reduce `tensor` over all ranks in place and return it. One all_reduce of its bytes."""
+def all_reduce(tensor: torch.Tensor, op: Op = "sum", group: Group = None, *, kind: str = "all_reduce") -> torch.Tensor:
+    """Reduce `tensor` over the ranks in place and return it. One all_reduce of its bytes, counted under `kind`."""
     if is_active():
-        with _counted("all_reduce", tensor):
-            dist.all_reduce(tensor, op=_OPS[op])
+        with _counted(kind, tensor):
+            dist.all_reduce(tensor, op=_OPS[op], group=group)
     return tensor
 
 
@@ -61,6 +65,58 @@ def all_gather_into(output: torch.Tensor, input: torch.Tensor) -> None:
             _all_gather(output, input)
     else:
         output.copy_(input)
+
+
+class Pending:
+    """A collective under way; `wait` returns when its output may be read. The time spent in waiting is counted."""
+
+    def __init__(self, name: str, work: Any, *buffers: torch.Tensor) -> None:
+        self._name, self._work, self._buffers = name, work, buffers
+
+    def wait(self) -> None:
+        """Wait for the output; buffers that were sent may be written again. Later calls return at once."""
+        if self._work is not None:
+            begin = time.perf_counter()
+            self._work.wait()
+            _COUNTS[self._name]["seconds"] += time.perf_counter() - begin
+            self._work, self._buffers = None, ()
+
+
+def start_all_to_all(
+    output: torch.Tensor, input: torch.Tensor, output_sizes: list[int], input_sizes: list[int], group: Group = None
+) -> Pending:
+    """Send consecutive parts of flat `input`, of `input_sizes` elements, to the ranks of `group` in order.
+
+    `output` receives the parts of `output_sizes` elements from the ranks in order. Counts the bytes for other ranks.
+    """
+    here = dist.get_rank(group)
+    with _counted("all_to_all", None):
+        work = dist.all_to_all_single(output, input, output_sizes, input_sizes, group=group, async_op=True)
+    _COUNTS["all_to_all"]["bytes"] += (sum(input_sizes) - input_sizes[here]) * input.element_size()
+    return Pending("all_to_all", work, output, input)
+
+
+def start_all_gather(output: torch.Tensor, input: torch.Tensor, group: Group = None) -> Pending:
+    """As `all_gather_into`, without waiting for it."""
+    with _counted("all_gather", input):
+        work = _all_gather(output, input, group=group, async_op=True)
+    return Pending("all_gather", work, output, input)
+
+
+def start_reduce_scatter(
+    output: torch.Tensor, input: torch.Tensor, op: Op = "sum", group: Group = None
+) -> Pending:
+    """Reduce `input` over the ranks and give each an equal part of it, in rank order. Counts the bytes of `input`."""
+    with _counted("reduce_scatter", input):
+        work = _reduce_scatter(output, input, op=_OPS[op], group=group, async_op=True)
+    return Pending("reduce_scatter", work, output, input)
+
+
+def team_group(ranks: tuple[int, ...]) -> Group:
+    """The process group of `ranks`, made when it is first asked for: by all processes, in the same order."""
+    if ranks not in _TEAMS:
+        _TEAMS[ranks] = dist.new_group(list(ranks))
+    return _TEAMS[ranks]
 
 
 def barrier() -> None:

@@ -15,8 +15,8 @@ from muonlm.optim.rules import assign_rules, named_groups
 
 def build_optimizer(
     model: nn.Module, config: MuonConfig | AdamWConfig, *, iterate_dtype: torch.dtype | None = None
-) -> torch.optim.Optimizer:
-    """Muon with AdamW for the rest, or `torch.optim.AdamW`, with one parameter group for each role.
+) -> Muon:
+    """Muon with AdamW for the rest, or AdamW alone, with one parameter group for each role.
 
     Every group has `name`, `rule`, `lr` and `base_lr` (the peak that schedules multiply). `iterate_dtype` is the
     precision of Newton-Schulz where the configuration leaves it to "auto"; a probe of the device decides when it is
@@ -39,7 +39,7 @@ def build_optimizer(
             group.update(betas=(adam.beta1, adam.beta2), eps=adam.eps)
         groups.append(group)
     if isinstance(config, AdamWConfig):
-        return torch.optim.AdamW(groups, fused=True)
+        return Muon(groups)
     return Muon(
         groups,
         momentum=config.momentum,

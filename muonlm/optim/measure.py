@@ -8,31 +8,43 @@ from typing import Self
 
 import torch
 
+from muonlm.dist import collectives
+from muonlm.optim.muon import Muon
+
 
 class UpdateNorms:
     """Context manager around `optimizer.step()`: L2 norm and RMS of the change of each group's parameters.
 
-    Holds one copy of the parameters while it is open, so it is meant for the steps that are recorded. After exit
-    `by_group` maps group name to the norm, `rms_by_group` to norm / sqrt(number of elements).
+    Holds one copy of this rank's parameters while it is open, so it is meant for the steps that are recorded. After
+    exit `by_group` maps group name to the norm over all ranks, `rms_by_group` to norm / sqrt(number of elements). One
+    all_reduce of a number for each group when there are ranks.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self._groups = {group["name"]: group["params"] for group in optimizer.param_groups}
+    def __init__(self, optimizer: Muon) -> None:
+        self._groups = {group["name"]: optimizer.shards(group) for group in optimizer.param_groups}
         self.by_group: dict[str, float] = {}
         self.rms_by_group: dict[str, float] = {}
 
     @torch.no_grad()
     def __enter__(self) -> Self:
-        self._before = {name: [p.detach().clone() for p in params] for name, params in self._groups.items()}
+        self._before = {name: [s.local().detach().clone() for s in shards] for name, shards in self._groups.items()}
         return self
 
     @torch.no_grad()
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None:
-            for name, params in self._groups.items():
-                change = torch._foreach_sub(self._before[name], list(params))
-                self.by_group[name] = float(torch.stack(torch._foreach_norm(change)).norm())
-                self.rms_by_group[name] = self.by_group[name] / math.sqrt(sum(p.numel() for p in params))
+        before = self._before
         del self._before
+        if error is not None:
+            return
+        squares = []
+        for name, shards in self._groups.items():
+            change = torch._foreach_sub(before[name], [shard.local() for shard in shards])
+            norms = torch.stack([norm.double() for norm in torch._foreach_norm(change)])
+            copies = torch.tensor([shard.layout.num_copies for shard in shards], device=norms.device)
+            squares.append((norms.square() / copies).sum())
+        total = collectives.all_reduce(torch.stack(squares)).sqrt().tolist()
+        for (name, shards), norm in zip(self._groups.items(), total, strict=True):
+            self.by_group[name] = norm
+            self.rms_by_group[name] = norm / math.sqrt(sum(math.prod(shard.layout.shape) for shard in shards))

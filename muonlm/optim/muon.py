@@ -2,17 +2,18 @@
 
 Update of a hidden matrix W (out, in) with gradient G (K. Jordan, "Muon", 2024; scaling rules: `update_scale`):
 
-    M <- mu M + (1 - mu) G          momentum
-    U <- (1 - mu) G + mu M          Nesterov, or U = M
-    O <- newton_schulz(U)           nearest semi-orthogonal matrix, on the owner rank
+    M <- mu M + (1 - mu) G          momentum ("ema"), or M <- mu M + G ("sum")
+    U <- (1 - mu) G + mu M          Nesterov (with "sum": G + mu M), or U = M
+    O <- newton_schulz(U)           nearest semi-orthogonal matrix, on the rank that the plan says
     W <- (1 - lr wd) W - lr scale O
 
-The momentum is kept on every rank, as the parameters are, so that state_dict() is the same everywhere.
+Momentum and update are elementwise and happen where the parameter lies, sharded or not; only U travels, rounded to the
+precision of the iterates, so that one process and many compute the same. Newton-Schulz does not see the scale of U:
+"ema" and "sum" differ in nothing but the scale of the state.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, Literal
@@ -20,41 +21,47 @@ from typing import Any, Literal
 import torch
 from torch.optim.adamw import adamw
 
-from muonlm.config.errors import UserError
-from muonlm.optim.exchange import ReplicatedExchange
-from muonlm_kernels import newton_schulz
+from muonlm.dist import collectives
+from muonlm.optim.assign import SPLIT_MIN_FLOPS
+from muonlm.optim.exchange import Exchange
+from muonlm.optim.gradients import Description, GradNorms, GroupShards, agree_and_clip, describe
+from muonlm.optim.groups import check_group
+from muonlm.optim.pieces import Piece, pieces_of
+from muonlm.optim.plan import Plan, make_plan
+from muonlm.optim.scaling import Scaling, update_scale
+from muonlm.optim.shards import Shard, Sharding, tensor_shard
+from muonlm.optim.shared import orthogonalize_part
+from muonlm_kernels import COEFFICIENTS, coefficients, newton_schulz
 
-Scaling = Literal["jordan", "spectral", "rms_adamw"]
-
-
-def update_scale(scaling: Scaling, out_features: int, in_features: int) -> float:
-    """Factor on the orthogonal update of an (out, in) matrix.
-
-    jordan: sqrt(max(1, out / in)) (K. Jordan 2024). spectral: sqrt(out / in), so that the update has unit
-    RMS-to-RMS operator norm (G. Yang et al., arXiv 2310.17813). rms_adamw: 0.2 sqrt(max(out, in)), the RMS that
-    AdamW updates show (J. Liu et al., "Muon is scalable", arXiv 2502.16982).
-    """
-    match scaling:
-        case "jordan":
-            return math.sqrt(max(1.0, out_features / in_features))
-        case "spectral":
-            return math.sqrt(out_features / in_features)
-        case "rms_adamw":
-            return 0.2 * math.sqrt(max(out_features, in_features))
-    raise ValueError(f"unknown scaling {scaling!r}; known: jordan, spectral, rms_adamw")
+__all__ = ["Muon", "Scaling", "update_scale"]
 
 
 class Muon(torch.optim.Optimizer):
     """Muon on matrices; groups with `rule="adamw"` get AdamW in the same object and state_dict.
 
     `params` are parameters, named parameters or groups, as for any torch optimizer; group keys override the defaults
-    (an AdamW group without `lr` and `weight_decay` of its own has Muon's).
-    Parameters of muon groups must be two-dimensional, else UserError. `coefficients`, `steps`, `dtype` and
-    `compensated` are those of `muonlm_kernels.newton_schulz` and hold for the whole optimizer. State is allocated at
-    construction: `momentum_buffer` in the parameter's shape and dtype for Muon; `exp_avg`, `exp_avg_sq`, `step` for
-    AdamW. Under a process group the Newton-Schulz work is split over the ranks and one all_gather a step brings the
-    updates together; gradients must be averaged already (DDP). A parameter without gradient is left alone.
+    (an AdamW group without `lr` and `weight_decay` of its own has Muon's). Parameters may be plain tensors, the same on
+    every rank of the default process group, or DTensors sharded and replicated over any mesh of it, as FSDP2 and tensor
+    parallelism make them; `sharding` is for engines that keep them otherwise. Every matrix is orthogonalized whole,
+    once: the result is that of one process.
+
+    Parameters of muon groups are matrices (out, in), stacks of experts (E, out, in), or, in a group with
+    `convolution=True`, kernels (out, in, ...), else UserError. A group's `split` (`muonlm.optim.pieces.Split`) says
+    that its weights consist of several matrices. `coefficients`, `steps`, `dtype` and `compensated` are those of
+    `muonlm_kernels.newton_schulz` and hold for the whole optimizer.
+
+    momentum_form: "ema" or "sum". momentum_dtype: of the state; None is that of the parameter. cautious: decay only
+    the weights that the update moves towards zero (arXiv 2510.12402). grad_clip: largest norm of the gradients of the
+    AdamW groups together; never changes a Muon step. non_finite: "raise" or "skip" when a gradient is not finite on
+    any rank. bucket_bytes: what a rank assembles at a time; depth: how many such buckets are on their way while one is
+    computed. split_min_flops: matrices with less work are never shared by several ranks.
+
+    State is allocated at construction: `momentum_buffer` as the parameter is sharded for Muon; `exp_avg`,
+    `exp_avg_sq`, `step` for AdamW. Gradients must be averaged over the ranks. A parameter without gradient on all
+    ranks is left alone. Works with torch.amp.GradScaler.
     """
+
+    _step_supports_amp_scaling = True
 
     def __init__(
         self,
@@ -70,92 +77,277 @@ class Muon(torch.optim.Optimizer):
         compensated: bool = False,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
+        *,
+        momentum_form: Literal["ema", "sum"] = "ema",
+        momentum_dtype: torch.dtype | None = None,
+        cautious: bool = False,
+        grad_clip: float = 0.0,
+        non_finite: Literal["raise", "skip"] = "raise",
+        bucket_bytes: int = 2**27,
+        depth: int = 1,
+        split_min_flops: int = SPLIT_MIN_FLOPS,
+        sharding: Sharding | None = None,
     ) -> None:
         defaults = {
             "rule": "muon",
             "lr": lr,
             "momentum": momentum,
             "nesterov": nesterov,
+            "momentum_form": momentum_form,
             "weight_decay": weight_decay,
+            "cautious": cautious,
             "scaling": scaling,
+            "split": None,
+            "convolution": False,
             "betas": betas,
             "eps": eps,
         }
-        self._orthogonalize = partial(
-            newton_schulz, coefficients=coefficients, steps=steps, dtype=dtype, compensated=compensated
-        )
+        self.grad_clip, self.non_finite = grad_clip, non_finite
+        self.num_skipped = 0
+        self._momentum_dtype, self._sharding = momentum_dtype, sharding
         self._dtype, self._steps = dtype, steps
-        self._exchange: ReplicatedExchange | None = None
+        self._coefficients, self._compensated = coefficients, compensated
+        # What needs more than the rounded update travels and is rounded unrounded: fp32.
+        self._wire_dtype = torch.float32 if compensated or dtype == torch.float16 else dtype
+        can_share = not compensated and COEFFICIENTS[coefficients].preconditioner != "aol"
+        self._plan_options = {
+            "bucket_bytes": bucket_bytes,
+            "steps": steps,
+            "split_min_flops": split_min_flops if can_share else 2**63,
+            "element_bytes": self._wire_dtype.itemsize,
+        }
+        self._depth = depth
+        self._shards: dict[torch.Tensor, Shard] = {}
+        self._exchange: Exchange | None = None
+        self._description: Description | None = None
+        self._norms: GradNorms | None = None
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group and allocate its state; the work is assigned anew at the next step."""
+        """Add a group and allocate its state; the work is assigned anew at the next step. All ranks must add it."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        _check_group(group)
-        for param in group["params"]:
+        names = check_group(group, len(self.param_groups) - 1)
+        for name, param in zip(names, group["params"], strict=True):
+            shard = self._shards[param] = self._make_shard(name, param, group)
+            values = shard.state_like()
             state = self.state[param]
             if group["rule"] == "muon":
-                state["momentum_buffer"] = torch.zeros_like(param)
+                state["momentum_buffer"] = torch.zeros_like(values, dtype=self._momentum_dtype)
             else:
                 state["step"] = torch.zeros((), dtype=torch.float32)
-                state["exp_avg"] = torch.zeros_like(param)
-                state["exp_avg_sq"] = torch.zeros_like(param)
-        self._exchange = None
+                state["exp_avg"] = torch.zeros_like(values)
+                state["exp_avg_sq"] = torch.zeros_like(values)
+        self._exchange = self._description = None
+
+    def _make_shard(self, name: str, param: torch.Tensor, group: dict[str, Any]) -> Shard:
+        is_stack = group["rule"] == "muon" and param.ndim == 3 and not group["convolution"]
+        if self._sharding is not None:
+            return self._sharding.shard(name, param)
+        return tensor_shard(name, param, is_stack=is_stack)
+
+    def shards(self, group: dict[str, Any]) -> list[Shard]:
+        """What this process holds of each parameter of a group."""
+        return [self._shards[param] for param in group["params"]]
+
+    def plan(self) -> Plan:
+        """Who orthogonalizes what, when. The same on every rank; communicates nothing."""
+        shards = [shard for group in self._muon_groups() for shard in self.shards(group)]
+        splits = [group["split"] for group in self._muon_groups() for _ in group["params"]]
+        pieces: list[Piece] = []
+        for index, (shard, split) in enumerate(zip(shards, splits, strict=True)):
+            pieces += pieces_of(index, shard.name, shard.layout.shape, split)
+        pinned = frozenset(index for index, shard in enumerate(shards) if shard.pinned)
+        layouts = [shard.layout for shard in shards]
+        return make_plan(pieces, layouts, collectives.world_size(), pinned=pinned, **self._plan_options)
+
+    @torch.no_grad()
+    def clip_gradients(self, max_norm: float = 0.0) -> GradNorms:
+        """Make sure that all ranks can take the next step, measure gradient norms, and clip those of AdamW groups.
+
+        See `muonlm.optim.gradients.agree_and_clip`; `step` does it with `grad_clip` when it was not called before.
+        """
+        if self._sharding is not None:
+            self._sharding.before_step()
+        groups = [
+            GroupShards(str(group.get("name", number)), group["rule"] == "adamw", self.shards(group))
+            for number, group in enumerate(self.param_groups)
+        ]
+        overflow = self._undo_loss_scale()
+        if self._description is None:
+            self._description = describe(self._lines())
+        self._norms = agree_and_clip(
+            groups,
+            self._description,
+            max_norm=max_norm,
+            device=self._device,
+            skip_non_finite=self.non_finite == "skip" or getattr(self, "found_inf", None) is not None,
+            overflow=overflow,
+        )
+        return self._norms
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of every parameter. Collectives: one all_gather of the updates when there are ranks."""
+        """One update of every parameter. Collectives: those of `clip_gradients`, then those of `Exchange.run`.
+
+        Raises what `clip_gradients` raises, before anything has changed, and RuntimeError when another number of
+        matrices was orthogonalized than the plan says.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._muon_step([group for group in self.param_groups if group["rule"] == "muon"])
+        norms = self._norms or self.clip_gradients(self.grad_clip)
+        self._norms = None
+        if norms.is_skipped:
+            self.num_skipped += 1
+            return loss
+        self._muon_step()
         for group in self.param_groups:
             if group["rule"] == "adamw":
                 self._adamw_step(group)
+        if self._sharding is not None:
+            self._sharding.after_step()
         return loss
 
-    def _muon_step(self, groups: list[dict[str, Any]]) -> None:
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch, but momentum keeps its own dtype rather than that of the parameter."""
+        super().load_state_dict(state_dict)
+        if self._momentum_dtype is not None:
+            for group in self._muon_groups():
+                for param in group["params"]:
+                    state = self.state[param]
+                    state["momentum_buffer"] = state["momentum_buffer"].to(self._momentum_dtype)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in torch; what `clip_gradients` found out about the old gradients is forgotten."""
+        self._norms = None
+        super().zero_grad(set_to_none)
+
+    @property
+    def _device(self) -> torch.device:
+        return next((shard.local().device for shard in self._shards.values()), torch.device("cpu"))
+
+    def _muon_groups(self) -> list[dict[str, Any]]:
+        return [group for group in self.param_groups if group["rule"] == "muon"]
+
+    def _lines(self) -> list[str]:
+        return [
+            f"{shard.name} under {group['rule']}, {shard.layout.key}, split {group['split']}"
+            for group in self.param_groups
+            for shard in self.shards(group)
+        ]
+
+    def _undo_loss_scale(self) -> bool:
+        """Divide the gradients by the scale that a GradScaler has set here; whether it found them not finite."""
+        scale = getattr(self, "grad_scale", None)
+        if scale is not None:
+            grads = [g for shard in self._shards.values() if (g := shard.grad()) is not None]
+            torch._foreach_div_(grads, float(scale))
+        found = getattr(self, "found_inf", None)
+        return found is not None and bool(found)
+
+    def _muon_step(self) -> None:
         """All Muon groups share one exchange, so that the work is balanced over everything there is."""
+        groups = self._muon_groups()
         if not groups:
             return
-        updates = [update for group in groups for update in self._momentum(group)]
         if self._exchange is None:
-            self._exchange = ReplicatedExchange([(u.shape[0], u.shape[1]) for u in updates], self._steps)
-        results = iter(self._exchange.run(updates, self._orthogonalize, self._dtype))
+            self._exchange = Exchange(self.plan(), collectives.rank(), self._depth)
+        updates = [update for group in groups for update in self._momentum(group)]
+        computed = self._exchange.run(updates, self._orthogonalize, self._orthogonalize_part)
+        planned = sum(len(work.tasks) for work in self._exchange.rounds)
+        if computed != planned:
+            raise RuntimeError(f"{computed} matrices were orthogonalized on this rank, the plan has {planned}")
+        remaining = iter(enumerate(updates))
         for group in groups:
-            lr = float(group["lr"])
-            for param in group["params"]:
-                orthogonal = next(results)
-                if param.grad is None:
-                    continue
-                if group["weight_decay"]:
-                    param.mul_(1 - lr * group["weight_decay"])
-                param.add_(orthogonal, alpha=-lr * update_scale(group["scaling"], *param.shape))
+            for shard in self.shards(group):
+                index, update = next(remaining)
+                self._apply(group, shard, index, update)
 
     def _momentum(self, group: dict[str, Any]) -> list[torch.Tensor]:
-        """Advance the momentum of a group and return what is to be orthogonalized, in the group's order."""
-        params, mu = group["params"], group["momentum"]
-        buffers: list[torch.Tensor] = [self.state[p]["momentum_buffer"] for p in params]
-        live = [(b, p.grad) for b, p in zip(buffers, params, strict=True) if p.grad is not None]
+        """Advance the momentum of a group; what is to be orthogonalized, flat, in the precision that travels."""
+        mu = group["momentum"]
+        shards = self.shards(group)
+        states = [self._shards[p].local_state(self.state[p]["momentum_buffer"]) for p in group["params"]]
+        grads = [shard.grad() for shard in shards]
+        # Computed in at least fp32, whatever the gradients and the state are kept in.
+        live = [(i, g.to(torch.promote_types(g.dtype, torch.float32))) for i, g in enumerate(grads) if g is not None]
+        wide = {i: states[i].to(g.dtype) for i, g in live}
         if live:
-            torch._foreach_lerp_([b for b, _ in live], [g for _, g in live], 1 - mu)
-        if not group["nesterov"]:
-            return buffers
-        return [b if p.grad is None else torch.lerp(p.grad, b, mu) for b, p in zip(buffers, params, strict=True)]
+            buffers, values = [wide[i] for i, _ in live], [g for _, g in live]
+            if group["momentum_form"] == "ema":
+                torch._foreach_lerp_(buffers, values, 1 - mu)
+            else:
+                torch._foreach_mul_(buffers, mu)
+                torch._foreach_add_(buffers, values)
+            for i, _ in live:
+                if wide[i] is not states[i]:
+                    states[i].copy_(wide[i])
+        updates = [wide.get(i, state) for i, state in enumerate(states)]
+        if group["nesterov"]:
+            for i, grad in live:
+                is_ema = group["momentum_form"] == "ema"
+                updates[i] = torch.lerp(grad, wide[i], mu) if is_ema else torch.add(grad, wide[i], alpha=mu)
+        return [u.to(self._wire_dtype, memory_format=torch.contiguous_format, copy=True).view(-1) for u in updates]
+
+    def _orthogonalize(self, stack_KMN: torch.Tensor) -> torch.Tensor:
+        return newton_schulz(
+            stack_KMN,
+            coefficients=self._coefficients,
+            steps=self._steps,
+            dtype=self._dtype,
+            compensated=self._compensated,
+        )
+
+    def _orthogonalize_part(self, part_MN: torch.Tensor, team: collectives.Group) -> torch.Tensor:
+        reduce = partial(collectives.all_reduce, group=team, kind="shared_all_reduce")
+        return orthogonalize_part(
+            part_MN,
+            coefficients(self._coefficients, self._steps),
+            self._dtype,
+            partial(reduce, op="sum"),
+            partial(reduce, op="max"),
+        )
+
+    def _apply(self, group: dict[str, Any], shard: Shard, index: int, update: torch.Tensor) -> None:
+        if shard.grad() is None:
+            return
+        local, lr = shard.local(), float(group["lr"])
+        if local.numel() == 0:
+            return
+        update, scale = self._scaled(index, update, group["scaling"])
+        update = update.view(local.shape)
+        if group["weight_decay"] and group["cautious"]:
+            local.mul_(1 - lr * group["weight_decay"] * (update * local >= 0).to(local.dtype))
+        elif group["weight_decay"]:
+            local.mul_(1 - lr * group["weight_decay"])
+        local.add_(update, alpha=-lr * scale)
+
+    def _scaled(self, index: int, update: torch.Tensor, scaling: Scaling) -> tuple[torch.Tensor, float]:
+        """The update and the factor on it; matrices of several shapes in one parameter are multiplied one by one."""
+        assert self._exchange is not None
+        blocks = self._exchange.blocks[index]
+        scales = [update_scale(scaling, piece.rows, piece.cols) for piece, _ in blocks]
+        if len(set(scales)) == 1:
+            return update, scales[0]
+        update = update.to(torch.promote_types(update.dtype, torch.float32))
+        for (_, segment), scale in zip(blocks, scales, strict=True):
+            segment.view_of(update).mul_(scale)
+        return update, 1.0
 
     def _adamw_step(self, group: dict[str, Any]) -> None:
-        params = [p for p in group["params"] if p.grad is not None]
-        states = [self.state[p] for p in params]
+        live = [(p, s, g) for p in group["params"] if (g := (s := self._shards[p]).grad()) is not None]
+        states = [(self.state[p], s) for p, s, _ in live]
         beta1, beta2 = group["betas"]
         adamw(
-            params,
-            [p.grad for p in params if p.grad is not None],
-            [s["exp_avg"] for s in states],
-            [s["exp_avg_sq"] for s in states],
+            [s.local() for _, s, _ in live],
+            [g for _, _, g in live],
+            [s.local_state(state["exp_avg"]) for state, s in states],
+            [s.local_state(state["exp_avg_sq"]) for state, s in states],
             [],
-            [s["step"] for s in states],
+            [state["step"] for state, _ in states],
             fused=True,
             amsgrad=False,
             beta1=beta1,
@@ -164,18 +356,4 @@ class Muon(torch.optim.Optimizer):
             weight_decay=group["weight_decay"],
             eps=group["eps"],
             maximize=False,
-        )
-
-
-def _check_group(group: dict[str, Any]) -> None:
-    if group["rule"] not in ("muon", "adamw"):
-        raise UserError(f"unknown rule {group['rule']!r} of a parameter group; known: muon, adamw")
-    if group["rule"] == "adamw":
-        return
-    names = group.get("param_names") or [f"number {i}" for i in range(len(group["params"]))]
-    wrong = [f"{n} {tuple(p.shape)}" for n, p in zip(names, group["params"], strict=True) if p.ndim != 2]
-    if wrong:
-        raise UserError(
-            f"Muon takes two-dimensional parameters; these are not: {', '.join(wrong)}. "
-            "Put them in a group with rule='adamw'"
         )

@@ -26,6 +26,7 @@ from muonlm.dist.process import World
 from muonlm.model.build import build_model
 from muonlm.model.flops import flops_per_token
 from muonlm.optim.build import build_optimizer
+from muonlm.optim.muon import Muon
 from muonlm.optim.rules import assign_rules, rules_table
 from muonlm.train.evaluate import eval_indices
 from muonlm.train.peak_flops import peak_flops
@@ -51,7 +52,7 @@ class Parts:
     final_indices: np.ndarray
     model: nn.Module
     wrapped: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizer: Muon
     dtype: torch.dtype
     micro_batch: int
     flops_per_token: int

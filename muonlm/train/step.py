@@ -11,7 +11,7 @@ import torch
 
 from muonlm.data.loader import batch
 from muonlm.dist import collectives
-from muonlm.optim.clip import GradNorms, NonFiniteGradient, clip_gradients
+from muonlm.optim.gradients import GradNorms, NonFiniteGradient
 from muonlm.optim.measure import UpdateNorms
 from muonlm.optim.schedules import lr_multiplier, set_learning_rates
 from muonlm.train.setup import Parts
@@ -54,7 +54,7 @@ def take_step(parts: Parts, step: int, sequences: int, *, measure: bool, stop: b
     loss = _accumulate(parts, sequences)
     mean_loss, stop = _agree(parts, step, loss, stop)
     try:
-        grads = clip_gradients(optimizer, config.loop.grad_clip)
+        grads = optimizer.clip_gradients(config.loop.grad_clip)
     except NonFiniteGradient as error:
         raise Diverged(f"step {step + 1}: {error} (same on all {parts.world.size} ranks){_ADVICE}") from error
     updates = UpdateNorms(optimizer) if measure else None

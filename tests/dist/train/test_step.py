@@ -12,7 +12,7 @@ import torch
 
 from muonlm.checkpoint import store
 from muonlm.dist import process
-from muonlm.optim.clip import NonFiniteGradient
+from muonlm.optim.gradients import NonFiniteGradient
 from muonlm.train import loop
 from muonlm.train.loop import train
 from muonlm.train.setup import build, micro_batch_size

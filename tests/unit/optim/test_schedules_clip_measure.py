@@ -7,12 +7,10 @@ import torch
 from torch import nn
 
 from muonlm.config.schema import ScheduleConfig
-from muonlm.optim.assign import assign_owners
-from muonlm.optim.clip import NonFiniteGradient, clip_gradients
+from muonlm.optim.gradients import NonFiniteGradient
 from muonlm.optim.measure import UpdateNorms
 from muonlm.optim.muon import Muon
 from muonlm.optim.schedules import lr_multiplier, set_learning_rates
-from muonlm_kernels import matmul_flops
 
 
 def multipliers(num_steps: int, **config) -> list[float]:
@@ -59,7 +57,7 @@ def optimizer_with(hidden_grad: float, aux_grad: float) -> tuple[Muon, nn.Parame
 
 def test_clip_leaves_muon_alone():
     optimizer, hidden, aux = optimizer_with(3.0, 2.0)
-    norms = clip_gradients(optimizer, 1.0)
+    norms = optimizer.clip_gradients(1.0)
     assert norms.by_group == pytest.approx({"hidden": 6.0, "norm": 4.0})
     assert norms.total == pytest.approx(math.sqrt(52))
     assert norms.clip_factor == pytest.approx(0.25)
@@ -70,14 +68,14 @@ def test_clip_leaves_muon_alone():
 def test_clip_zero_and_small_gradients_change_nothing():
     for grad, limit in ((3.0, 0.0), (0.1, 1.0)):
         optimizer, _, aux = optimizer_with(3.0, grad)
-        assert clip_gradients(optimizer, limit).clip_factor == 1.0
+        assert optimizer.clip_gradients(limit).clip_factor == 1.0
         assert torch.equal(aux.grad, torch.full((4,), grad))
 
 
 def test_non_finite_gradient_is_named_before_anything_moves():
     optimizer, hidden, aux = optimizer_with(float("nan"), 2.0)
     with pytest.raises(NonFiniteGradient, match=r"non-finite gradient in w$"):
-        clip_gradients(optimizer, 1.0)
+        optimizer.clip_gradients(1.0)
     assert torch.equal(aux.grad, torch.full((4,), 2.0))
     assert torch.equal(hidden, torch.ones(2, 2))
 
@@ -96,21 +94,3 @@ def test_set_learning_rates():
     optimizer, *_ = optimizer_with(1.0, 1.0)
     set_learning_rates(optimizer, 0.5)
     assert [group["lr"] for group in optimizer.param_groups] == [0.05, 0.1]
-
-
-def test_assignment_balances_and_covers():
-    shapes = [(128, 128)] * 16 + [(384, 128)] * 8 + [(128, 384)] * 4
-    for num_ranks in (1, 2, 3, 5):
-        plan = assign_owners(shapes, num_ranks)
-        assert sorted(i for rank in range(num_ranks) for i in plan.owned_by(rank)) == list(range(len(shapes)))
-        assert sum(plan.loads_flops) == sum(matmul_flops(*shape) for shape in shapes)
-        assert plan.imbalance < 1.1
-        assert plan.loads_flops[0] == sum(matmul_flops(*shapes[i]) for i in plan.owned_by(0))
-    assert assign_owners(shapes, 3) == assign_owners(shapes, 3)
-    assert assign_owners(shapes, 3).digest() != assign_owners(shapes[1:], 3).digest()
-
-
-def test_more_ranks_than_matrices():
-    plan = assign_owners([(8, 8)], 3)
-    assert plan.owned_by(0) == [0]
-    assert plan.owned_by(2) == []

@@ -1,0 +1,191 @@
+"""What all ranks must agree on before anything moves: that they hold the same optimizer, and finite gradients.
+
+Also the gradient norms by group, and clipping. Two small collectives a step when there are ranks: one maximum of a
+header of fixed length, so that it meets even where ranks differ, and one sum of squared norms where gradients are
+sharded. When something is wrong, the details are gathered, and every rank raises the same error.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from muonlm.config.errors import UserError
+from muonlm.dist import collectives
+from muonlm.optim.shards import Shard
+
+
+class NonFiniteGradient(UserError):
+    """A gradient holds NaN or infinity; the message names the parameters and ranks. Nothing has been updated."""
+
+
+@dataclass(frozen=True)
+class GradNorms:
+    """L2 norms before clipping, and the factor that clipped groups were multiplied by (1 when nothing was).
+
+    `is_skipped` says that a gradient was not finite and the step is to be left out on all ranks.
+    """
+
+    total: float
+    by_group: dict[str, float]
+    clip_factor: float
+    is_skipped: bool = False
+
+
+class GroupShards(NamedTuple):
+    """A parameter group: its name, whether clipping applies to it, and its shards."""
+
+    name: str
+    is_clipped: bool
+    shards: Sequence[Shard]
+
+
+class Description(NamedTuple):
+    """What an optimizer consists of, a line for each parameter, and a 60-bit hash of it."""
+
+    lines: list[str]
+    number: int
+
+
+def describe(lines: list[str]) -> Description:
+    """The description made of `lines`."""
+    return Description(lines, _hash("\n".join(lines)))
+
+
+@torch.no_grad()
+def agree_and_clip(
+    groups: Sequence[GroupShards],
+    description: Description,
+    *,
+    max_norm: float,
+    device: torch.device,
+    skip_non_finite: bool = False,
+    overflow: bool = False,
+) -> GradNorms:
+    """Check that all ranks can take this step, and scale the gradients of clipped groups together to `max_norm`.
+
+    0 only measures. Groups under Muon are measured and left alone: orthogonalization takes the scale out anyhow, and a
+    clip would only change how gradients weigh against each other in the momentum. `overflow` says that the caller (a
+    loss scaler) has found the gradients of this rank to be not finite. One host synchronisation.
+
+    Raises on all ranks alike, before anything is changed: UserError where ranks have other parameters, or where only
+    some have a gradient; NonFiniteGradient unless `skip_non_finite`.
+    """
+    shards = [shard for group in groups for shard in group.shards]
+    grads = {id(shard): shard.grad() for shard in shards}
+    # A rank that holds nothing of a parameter cannot know whether it has a gradient.
+    present = [shard.name for shard in shards if grads[id(shard)] is not None]
+    squares, bad = _squares(groups, grads)
+    if collectives.is_active():
+        absent_hash = _hash("\n".join(present))
+        header = [description.number, -description.number, absent_hash, -absent_hash, int(bool(bad) or overflow)]
+        agreed = collectives.all_reduce(torch.tensor(header, dtype=torch.int64, device=device), "max").tolist()
+        if agreed[0] != -agreed[1]:
+            _raise_differing(description)
+        if agreed[2] != -agreed[3]:
+            _raise_missing([shard.name for shard in shards], set(present))
+        is_bad = bool(agreed[4])
+    else:
+        is_bad = bool(bad) or overflow
+    if is_bad:
+        if skip_non_finite:
+            return GradNorms(math.nan, {group.name: math.nan for group in groups}, 1.0, is_skipped=True)
+        _raise_non_finite(bad)
+    by_group = _group_norms(groups, squares, device)
+    total = math.hypot(*by_group.values())
+    clipped_norm = math.hypot(*(by_group.get(group.name, 0.0) for group in groups if group.is_clipped))
+    factor = 1.0
+    if max_norm and clipped_norm > max_norm:
+        factor = max_norm / clipped_norm
+        members = [grads[id(shard)] for group in groups if group.is_clipped for shard in group.shards]
+        torch._foreach_mul_([grad for grad in members if grad is not None], factor)
+    return GradNorms(total, by_group, factor)
+
+
+def _squares(
+    groups: Sequence[GroupShards], grads: dict[int, torch.Tensor | None]
+) -> tuple[dict[str, float], list[str]]:
+    """Squared norms of this rank's gradients by group, each element's counted once over all ranks; and what is bad.
+
+    A norm that overflows in fp32 although every element is finite is computed again in fp64.
+    """
+    live = [(g.name, s, grad) for g in groups for s in g.shards if (grad := grads[id(s)]) is not None and grad.numel()]
+    squares = {group.name: 0.0 for group in groups if any(grads[id(s)] is not None for s in group.shards)}
+    if not live:
+        return squares, []
+    norms = torch.stack([n.double() for n in torch._foreach_norm([grad for _, _, grad in live])]).tolist()
+    bad = []
+    for (name, shard, grad), norm in zip(live, norms, strict=True):
+        if not math.isfinite(norm):
+            norm = float(grad.double().norm()) if bool(torch.isfinite(grad).all()) else math.nan
+            if math.isnan(norm):
+                bad.append(shard.name)
+        squares[name] += norm * norm / shard.layout.num_copies
+    return squares, bad
+
+
+def _group_norms(groups: Sequence[GroupShards], squares: dict[str, float], device: torch.device) -> dict[str, float]:
+    is_sharded = any(
+        not s.layout.is_replicated or s.layout.num_copies < collectives.world_size() for g in groups for s in g.shards
+    )
+    if not (collectives.is_active() and is_sharded):
+        # The same gradients on all ranks: each has counted its share of every element.
+        share = collectives.world_size() if collectives.is_active() else 1
+        return {name: math.sqrt(square * share) for name, square in squares.items()}
+    names = [group.name for group in groups if group.name in squares]
+    summed = torch.tensor([squares[name] for name in names], dtype=torch.float64, device=device)
+    return dict(zip(names, collectives.all_reduce(summed).sqrt().tolist(), strict=True))
+
+
+def _hash(text: str) -> int:
+    return int(hashlib.sha256(text.encode()).hexdigest()[:15], 16)
+
+
+def _raise_differing(description: Description) -> None:
+    every = collectives.gather_objects(description.lines)
+    rank = next(rank for rank, lines in enumerate(every) if lines != every[0])
+    differing = [(a, b) for a, b in zip(every[0], every[rank], strict=False) if a != b]
+    if differing:
+        difference = f"rank 0 has {differing[0][0]}, rank {rank} {differing[0][1]}"
+    else:
+        more, fewer = (rank, 0) if len(every[rank]) > len(every[0]) else (0, rank)
+        difference = f"rank {more} also has {every[more][len(every[fewer])]}"
+    raise UserError(
+        f"the optimizers of rank {rank} and rank 0 differ ({len(every[rank])} parameters against {len(every[0])}): "
+        f"{difference}. All ranks must build the same model, sharded alike, and the same parameter groups, also when "
+        "they add one later"
+    )
+
+
+def _raise_missing(names: list[str], present: set[str]) -> None:
+    every = collectives.gather_objects([name for name in names if name not in present])
+    counts = {name: sum(name in absent for absent in every) for absent in every for name in absent}
+    name = next(name for name in names if 0 < counts.get(name, 0) < len(every))
+    without = ", ".join(str(rank) for rank, absent in enumerate(every) if name in absent)
+    raise UserError(
+        f"{name} has no gradient on rank {without} but has one on the others; every rank must use the same parameters "
+        "in a step. Nothing was updated"
+    )
+
+
+def _raise_non_finite(bad: list[str]) -> None:
+    every = collectives.gather_objects(bad)
+    names = list(dict.fromkeys(name for names in every for name in names))
+    if not names:
+        raise NonFiniteGradient("the loss scaler found a gradient that is not finite")
+    shown = []
+    for name in names[:8]:
+        ranks = [rank for rank, found in enumerate(every) if name in found]
+        where = "" if len(every) == 1 else " on all ranks" if len(ranks) == len(every) else f" on rank {_list(ranks)}"
+        shown.append(name + where)
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    raise NonFiniteGradient(f"non-finite gradient in {', '.join(shown)}{more}")
+
+
+def _list(ranks: list[int]) -> str:
+    return ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")

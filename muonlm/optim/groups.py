@@ -1,0 +1,43 @@
+"""What a parameter group of `Muon` must look like."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from muonlm.config.errors import UserError
+from muonlm.optim.layout import Index, as_stack
+from muonlm.optim.scaling import SCALINGS
+
+_RULES = ("muon", "adamw")
+
+
+def check_group(group: dict[str, Any], number: int) -> list[str]:
+    """Names of a group's parameters, the `number`-th group counted from 0. Raises UserError for what cannot be."""
+    where = f"group {group.get('name', number)}"
+    names: list[str] = group.get("param_names") or [f"{where}, number {i}" for i in range(len(group["params"]))]
+    if group["rule"] not in _RULES:
+        raise UserError(f"{where}: unknown rule {group['rule']!r} of a parameter group; known: {', '.join(_RULES)}")
+    if group["rule"] == "adamw":
+        return names
+    if group["scaling"] not in SCALINGS:
+        raise UserError(f"{where}: unknown scaling {group['scaling']!r}; known: {', '.join(SCALINGS)}")
+    if group["momentum_form"] not in ("ema", "sum"):
+        raise UserError(f"{where}: unknown momentum_form {group['momentum_form']!r}; known: ema, sum")
+    wrong = [
+        f"{name} {tuple(param.shape)}"
+        for name, param in zip(names, group["params"], strict=True)
+        if param.ndim < 2 or (param.ndim > 3 and not group["convolution"]) or not param.is_floating_point()
+    ]
+    if wrong:
+        raise UserError(
+            "Muon takes matrices (out, in), stacks of them (experts, out, in), and with convolution=True kernels "
+            f"(out, in, ...); these are none: {', '.join(wrong)}. Put them in a group with rule='adamw'"
+        )
+    return names
+
+
+def stack_shape(param: torch.Tensor, *, is_stack: bool) -> Index:
+    """A parameter of any shape as (E, out, in); vectors are one row."""
+    return as_stack(param.shape, is_stack=is_stack) if param.ndim >= 2 else (1, 1, param.numel())
