@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal, overload
 
@@ -58,7 +59,7 @@ def newton_schulz(
     """Estimate of the orthogonal polar factor U V^T of each matrix.
 
     `grad` is one matrix (M, N), a stack (K, M, N), or a list of K matrices (M, N); any strides, any float dtype; K, M
-    and N may be 0. The result has the same form; that of a tall matrix may be a transposed view.
+    and N may be 0. The result has the same form, and may be a view with other strides.
 
     coefficients: the name of a set, or one triple (a, b, c) a step.
     steps: how many steps of a named set; None is the set's own number.
@@ -97,7 +98,7 @@ def newton_schulz(
     is_tall = stack_KMN.shape[1] > stack_KMN.shape[2]
     wide_KMN = stack_KMN.mT if is_tall else stack_KMN
     num_compensated = compensated_steps(triples, dtype) if compensated else 0
-    if is_aol:
+    if is_aol and stack_KMN.numel():
         result_KMN, is_finite_K = reference.orthogonalize(wide_KMN, triples, dtype, preconditioner="aol")
     else:
         result_KMN, is_finite_K = _orthogonalize(wide_KMN, triples, dtype, num_compensated)
@@ -125,14 +126,22 @@ def _triples(coefficients: str | Sequence[Triple], steps: int | None) -> tuple[T
         return named_coefficients(coefficients, steps)
     if steps is not None:
         raise ValueError("steps is for a named set; a sequence of triples says itself how many there are")
-    if not coefficients or any(len(triple) != 3 for triple in coefficients):
-        raise ValueError(f"coefficients is a name or at least one triple (a, b, c), got {coefficients!r}")
-    return tuple(coefficients)
+    try:
+        triples = tuple((float(a), float(b), float(c)) for a, b, c in coefficients)
+    except (TypeError, ValueError):
+        triples = ()
+    if not triples or not all(map(math.isfinite, sum(triples, ()))):
+        raise ValueError(f"coefficients is a name or at least one triple (a, b, c) of numbers, got {coefficients!r}")
+    return triples
 
 
 def _check_list(grads: Sequence[torch.Tensor]) -> None:
-    if not isinstance(grads, Sequence) or not all(isinstance(grad, torch.Tensor) for grad in grads):
+    if not isinstance(grads, Sequence):
         raise ValueError(f"newton_schulz takes a tensor or a list of tensors, got {type(grads).__name__}")
+    for index, grad in enumerate(grads):
+        if not isinstance(grad, torch.Tensor):
+            found = f"{type(grad).__name__} at index {index}"
+            raise ValueError(f"newton_schulz takes a tensor or a list of tensors, got {found}")
     kinds = {(tuple(grad.shape), grad.dtype, grad.device) for grad in grads}
     if len(kinds) > 1 or any(len(shape) != 2 for shape, _, _ in kinds):
         raise ValueError(f"a list has matrices (M, N) of one shape, dtype and device, got {sorted(map(str, kinds))}")
@@ -148,6 +157,9 @@ def _iterate_dtype(grad: torch.Tensor, dtype: torch.dtype | None) -> torch.dtype
     """The dtype of the iterates; ValueError for what cannot be computed."""
     if not grad.is_floating_point():
         raise ValueError(f"newton_schulz takes floating point matrices, got {grad.dtype}")
+    if grad.layout != torch.strided or hasattr(grad, "full_tensor"):  # sparse, or a DTensor
+        kind = f"a {type(grad).__name__} of layout {grad.layout}"
+        raise ValueError(f"newton_schulz takes whole, dense matrices, got {kind}; give it to_dense() or full_tensor()")
     is_cpu = grad.device.type == "cpu"
     if dtype is None:
         return fast_dtype() if is_cpu else torch.bfloat16

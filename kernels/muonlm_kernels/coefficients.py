@@ -15,6 +15,7 @@ How many steps a set can make:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Literal
 
 from muonlm_kernels import generator
@@ -152,8 +153,8 @@ def coefficients(name: str, steps: int | None = None, *, safety: float | None = 
         raise ValueError(f"unknown coefficient set {name!r}; known: {', '.join(COEFFICIENTS)}")
     found = COEFFICIENTS[name]
     count = found.steps if steps is None else steps
-    if count < 1:
-        raise ValueError(f"steps is {count}; at least 1 is needed")
+    if not isinstance(count, Integral) or count < 1:
+        raise ValueError(f"steps is {count!r}; a whole number from 1 on is needed")
     triples = found.triples
     if safety is not None:
         if name != "polar_express":

@@ -6,6 +6,7 @@ It is also the backend for devices that have no other. Shape suffixes: K matrice
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
@@ -57,7 +58,8 @@ def scale_rows(x_KMN: torch.Tensor) -> torch.Tensor:
     B. Prach, C. Lampert, "Almost-orthogonal layers for efficient general-purpose Lipschitz networks" (2022). It changes
     the singular vectors too, so the iteration does not converge to the polar factor of the gradient.
     """
-    sums_KM1 = (x_KMN @ x_KMN.mT).abs().sum(dim=-1, keepdim=True)
+    with as_given(x_KMN.device):
+        sums_KM1 = (x_KMN @ x_KMN.mT).abs().sum(dim=-1, keepdim=True)
     return x_KMN * sums_KM1.clamp_min(1e-30).rsqrt()
 
 
@@ -66,14 +68,22 @@ def iterate(
 ) -> torch.Tensor:
     """The steps alone, on normalized matrices. baddbmm adds in the accumulator: b A + c A A is rounded once."""
     unrounded_KMN, x_KMN = x_KMN, x_KMN.to(dtype)
-    for index, (a, b, c) in enumerate(triples):
-        gram = x_KMN @ x_KMN.mT
-        poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c) if c else b * gram
-        if index < num_compensated:
-            product_KMN = poly @ x_KMN
-            lost_KMN = torch.baddbmm(product_KMN, poly, x_KMN, beta=-1)
-            unrounded_KMN = a * unrounded_KMN + product_KMN + lost_KMN
-            x_KMN = unrounded_KMN.to(dtype)
-        else:
-            x_KMN = torch.baddbmm(x_KMN, poly, x_KMN, beta=a)
+    with as_given(x_KMN.device):
+        for index, (a, b, c) in enumerate(triples):
+            gram = x_KMN @ x_KMN.mT
+            poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c) if c else b * gram
+            if index < num_compensated:
+                product_KMN = poly @ x_KMN
+                lost_KMN = torch.baddbmm(product_KMN, poly, x_KMN, beta=-1)
+                unrounded_KMN = a * unrounded_KMN + product_KMN + lost_KMN
+                x_KMN = unrounded_KMN.to(dtype)
+            else:
+                x_KMN = torch.baddbmm(x_KMN, poly, x_KMN, beta=a)
     return x_KMN
+
+
+def as_given(device: torch.device) -> AbstractContextManager[object]:
+    """Products in the dtype of their operands, also under autocast."""
+    kind = device.type
+    is_on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if is_on else nullcontext()

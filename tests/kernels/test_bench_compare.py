@@ -53,7 +53,7 @@ def test_the_command_writes_every_figure(tmp_path: Path) -> None:
     out = tmp_path / "result.json"
     done = command(
         *("compare", "--shapes", "24x40", "3x32x16", "--rounds", "3", "--threads", "1", "--device", "cpu"),
-        *("--json", str(out)),
+        *("--dtype", "bfloat16", "--json", str(out)),
     )
     assert done.returncode == 0, done.stderr
     result = json.loads(out.read_text())
@@ -83,6 +83,25 @@ def test_the_command_writes_every_figure(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.parametrize(
+    ("words", "dtype"), [([], None), (["--dtype", "auto"], None), (["--dtype", "float32"], torch.float32)]
+)
+def test_the_precision_is_automatic_unless_it_is_given(
+    words: list[str], dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def contenders(*arguments: Any) -> tuple[list[Contender], list[Missing]]:
+        seen.append(arguments)
+        return [sleeper("ours", 0, ours=True)], []
+
+    monkeypatch.setattr(compare, "contenders", contenders)
+    parser = argparse.ArgumentParser()
+    compare.add_arguments(parser)
+    assert compare.run(parser.parse_args(["--device", "cpu", "--shapes", "4x4", "--rounds", "1", *words])) == 0
+    assert seen == [(CPU, "jordan", dtype)]
+
+
 def test_a_ratio_below_1_means_that_ours_is_faster() -> None:
     slow, fast = 0.05, 0.0005  # far enough apart for a busy machine
     block = measured(sleeper("ours", fast, ours=True), sleeper("peer", slow, ours=False))
@@ -107,7 +126,8 @@ def test_the_share_is_of_the_matmul_rate_of_the_same_rounds(monkeypatch: pytest.
     result = measure.compare([shape], [sleeper("ours", 0, ours=True)], [], plan=plan, device=CPU, timer=timer)
     block = result["shapes"][0]
     dense = 2 * 5 * (4 * 3 * 3 * 5 + 2 * 3**3)
-    assert block["matmul"] == {"size": 10, "flops_per_s": 2 * 10**3 / 2.0}
+    fast = measure.dtype_name(muonlm_kernels.newton_schulz(torch.ones(1, 1)).dtype)
+    assert block["matmul"] == {"size": 10, "dtype": fast, "flops_per_s": 2 * 10**3 / 2.0}
     assert block["contenders"][0]["share_of_matmul_rate"] == pytest.approx(dense / 4.0 / 1000.0)
 
 
@@ -160,7 +180,35 @@ def test_a_contender_that_would_take_too_long_is_not_called() -> None:
     slow = Contender("peer", "none", torch.float32, never)
     (row,) = measured(slow, plan=replace(PLAN, longest_call_s=1e-12))["contenders"]
     assert row["skipped"].startswith("a call would take about")
+    assert row["skipped"].endswith("the longest that is measured is 1e-12 s")
     assert "seconds" not in row
+
+
+def test_what_is_slow_here_is_called_twice_and_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what a product in its precision takes: 1 s here, where 3 s are allowed for five rounds."""
+    calls = []
+
+    def slow(grad: torch.Tensor) -> torch.Tensor:
+        calls.append(time.sleep(0.05))
+        return grad
+
+    flops = SHAPE.dense_flops
+    monkeypatch.setattr(measure, "_matmul_rate", lambda dtype, *_: flops if dtype == torch.bfloat16 else 1e6 * flops)
+    found = [sleeper("ours", 0, ours=True), Contender("peer", "none", torch.bfloat16, slow)]
+    plan = replace(PLAN, rounds=6, budget_s=3.0)
+    result = measure.compare([SHAPE], found, [], plan=plan, device=CPU, timer=timing.cpu_timer(0.0))
+    (block,) = result["shapes"]
+    assert len(calls) == 2
+    assert [len(row["seconds_of_rounds"]) for row in block["contenders"]] == [6, 1]
+    (pair,) = block["ratios"]
+    ours, peer = block["contenders"]
+    assert pair["time_ratio"] == ours["seconds_of_rounds"][0] / peer["seconds"]
+    assert (pair["interval"], pair["coverage"]) == ([pair["time_ratio"]] * 2, 0.0)
+    text = compare.text_of(result)
+    assert "peer: timed once, as a call takes 0." in text
+    assert "median of rounds; below 1 ours is faster" in text
+    (ratios,) = [line for line in text.splitlines() if line.startswith("| 8x12 ")]
+    assert ratios.split("|")[2].strip() == f"{pair['time_ratio']:.2g} (1 round)"
 
 
 def test_the_text_names_ratio_missing_and_skipped() -> None:
@@ -192,7 +240,9 @@ def test_the_text_names_ratio_missing_and_skipped() -> None:
         (["--shapes", "99999x99999"], "99999x99999 has more than 1,073,741,824 elements"),
         (["--rounds", "0"], "'0' is no number above 0"),
         (["--seconds", "nan"], "'nan' is no number above 0"),
-        (["--threads", "two"], "'two' is no number above 0"),
+        (["--threads", "two"], "'two' is no number from 1 to"),
+        (["--threads", "100000"], "the cores of this machine"),
+        (["--dtype", "float8"], "invalid choice: 'float8'"),
         (["--device", "tpu"], "'tpu' is not one of auto, cpu, cuda"),
         (["--coefficients", "jordn"], "invalid choice: 'jordn'"),
         (["--json", "no/such/folder/x.json"], "cannot write no/such/folder/x.json"),

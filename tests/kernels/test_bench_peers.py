@@ -75,6 +75,15 @@ def test_peers_get_the_steps_and_coefficients_of_ours(without_peers: dict[str, M
     assert found["torch.optim.Muon"].coefficients == "jordan"
 
 
+@pytest.mark.parametrize("fast", [torch.float32, torch.bfloat16])
+def test_ours_is_compared_in_the_precision_it_takes_by_itself(
+    fast: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("muonlm_kernels.api.fast_dtype", lambda: fast)
+    assert [contender.iterates for contender in peers.contenders(CPU)[0][:2]] == [fast, fast]
+    assert peers.contenders(CPU, dtype=torch.float64)[0][0].iterates == torch.float64
+
+
 def test_torchs_function_is_called_for_each_matrix() -> None:
     (contender,) = [peer for peer in peers.contenders(CPU)[0] if peer.name == "torch.optim.Muon"]
     grad = torch.randn(3, 8, 6, generator=torch.Generator().manual_seed(0))

@@ -34,6 +34,8 @@ def test_rounds_rotate_and_end_with_the_budget(monkeypatch: pytest.MonkeyPatch) 
     assert "".join(order) == "abcbcacababc"
     assert seconds["b"] == [2.0, 4.0, 9.0, 11.0]
     assert [len(values) for values in timing.interleaved(calls, timer, rounds=6).values()] == [6, 6, 6]
+    seconds = timing.interleaved(calls, timer, rounds=6, once={"b"})
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 6, "b": 1, "c": 6}
 
 
 def test_the_cpu_timer_takes_the_mean_of_as_many_calls_as_fill_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:

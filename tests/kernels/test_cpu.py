@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from muonlm_kernels import coefficients, newton_schulz, polar_factor, reference
 from muonlm_kernels.cpu import backend, rule, steps
@@ -121,6 +122,14 @@ def test_what_is_kept_was_not_made_for_one_mode_or_device(shape):
     assert torch.equal(newton_schulz(grad[1:], dtype=torch.bfloat16), other)
 
 
+def test_a_call_with_fake_tensors_leaves_nothing_behind(monkeypatch):
+    monkeypatch.setattr(backend, "workspace", type(backend.workspace)())
+    grad = gaussian(167, 213)
+    with FakeTensorMode() as mode, pytest.raises(Exception, match="Fake"):
+        newton_schulz(mode.from_tensor(grad))
+    assert relative_error(newton_schulz(grad), polar_factor(grad)) < 0.15
+
+
 def test_results_are_not_the_buffers():
     first = newton_schulz(gaussian(140, 150))
     kept = first.clone()
@@ -157,6 +166,15 @@ def test_a_matrix_does_not_depend_on_the_others_of_its_list(shape):
         assert torch.equal(newton_schulz(grad), result)
         assert torch.equal(newton_schulz(grad[None])[0], result)
         assert torch.equal(newton_schulz(grad.mT.contiguous().mT), result)
+
+
+@pytest.mark.parametrize("shape", [(6, 48, 9), (8, 107, 9), (7, 13, 198), (9, 135, 183), (3, 1, 7)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_where_a_matrix_begins_in_its_stack_does_not_matter(shape, dtype):
+    """Sums of a product can be in another order where a matrix does not begin at a cache line."""
+    stack = gaussian(*shape)
+    for grad, result in zip(stack, newton_schulz(stack, dtype=dtype), strict=True):
+        assert torch.equal(newton_schulz(grad.clone(), dtype=dtype), result)
 
 
 def test_offsets_of_the_diagonal_are_a_quarter_unit_at_most():

@@ -55,9 +55,12 @@ def test_shapes_and_strides_agree(shape):
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 4, 4), (2, 0, 3)])
-def test_empty(shape):
-    assert newton_schulz(torch.empty(shape)).shape == shape
-    assert newton_schulz([]) == []
+@pytest.mark.parametrize("name", ["polar_express", "turbo"])
+def test_empty(shape, name):
+    finite = torch.zeros(shape[:-2], dtype=torch.bool)
+    assert newton_schulz(torch.empty(shape), coefficients=name, finite=finite).shape == shape
+    assert finite.all()
+    assert newton_schulz([], coefficients=name) == []
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -125,6 +128,9 @@ def test_bad_arguments():
         newton_schulz(torch.ones(2, 2), coefficients="nope")
     with pytest.raises(ValueError, match="at least one triple"):
         newton_schulz(torch.ones(2, 2), coefficients=[])
+    for coefficients in (5, (1.5, -0.5, 0.0), [("a", "b", "c")], [(1.5, float("nan"), 0.0)]):
+        with pytest.raises(ValueError, match="at least one triple"):
+            newton_schulz(torch.ones(2, 2), coefficients=coefficients)
     with pytest.raises(ValueError, match="steps is for a named set"):
         newton_schulz(torch.ones(2, 2), coefficients=[(1.5, -0.5, 0.0)], steps=3)
     with pytest.raises(ValueError, match=r"floating point matrices, got torch\.int64"):
@@ -135,12 +141,17 @@ def test_bad_arguments():
         for grad in (torch.ones(2, 2), torch.ones(2, 2, 2)):
             with pytest.raises(ValueError, match="finite is a bool tensor of shape"):
                 newton_schulz(grad, finite=flag)
-    with pytest.raises(ValueError, match="a tensor or a list of tensors"):
+    with pytest.raises(ValueError, match="a tensor or a list of tensors, got int"):
         newton_schulz(5)
+    with pytest.raises(ValueError, match="a tensor or a list of tensors, got NoneType at index 1"):
+        newton_schulz([torch.ones(2, 2), None])
+    with pytest.raises(ValueError, match=r"dense matrices, got a Tensor of layout torch\.sparse_coo"):
+        newton_schulz(torch.ones(2, 2).to_sparse())
     with pytest.raises(ValueError, match="of one shape, dtype and device"):
         newton_schulz([torch.ones(2, 2), torch.ones(2, 3)])
-    with pytest.raises(ValueError, match="steps is 0"):
-        newton_schulz(torch.ones(2, 2), steps=0)
+    for steps in (0, 2.5, "5"):
+        with pytest.raises(ValueError, match=f"steps is {steps!r}; a whole number"):
+            newton_schulz(torch.ones(2, 2), steps=steps)
     with pytest.raises(ValueError, match="got shape"):
         newton_schulz(torch.ones(3))
 
@@ -169,3 +180,31 @@ def test_grad_that_records_a_graph():
     grad = gaussian(16, 24).requires_grad_()
     assert torch.equal(newton_schulz(grad), newton_schulz(grad.detach()))
     assert not newton_schulz(grad).requires_grad
+
+
+@pytest.mark.parametrize("shape", [(16, 24), (200, 40)])
+def test_triples_may_be_lists(shape):
+    grad, triple = gaussian(*shape), (1.5, -0.5, 0.0)
+    assert torch.equal(newton_schulz(grad, coefficients=[list(triple)]), newton_schulz(grad, coefficients=[triple]))
+
+
+@pytest.mark.parametrize("name", ["polar_express", "turbo"])
+@pytest.mark.parametrize("shape", [(16, 24), (2, 16, 24), (150, 160)])
+def test_autocast_does_not_change_the_precision(shape, name):
+    grad = gaussian(*shape)
+    expected = newton_schulz(grad, coefficients=name, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = newton_schulz(grad, coefficients=name, dtype=torch.float32)
+    assert torch.equal(result, expected)
+
+
+def test_a_sharded_matrix_is_refused():
+    class Sharded(torch.Tensor):
+        """Has, as a DTensor, parts elsewhere."""
+
+        def full_tensor(self) -> torch.Tensor:
+            return self
+
+    for shape in [(16, 24), (150, 160), (2, 16, 24)]:
+        with pytest.raises(ValueError, match="whole, dense matrices, got a Sharded"):
+            newton_schulz(gaussian(*shape).as_subclass(Sharded))

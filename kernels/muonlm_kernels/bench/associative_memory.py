@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -126,7 +127,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure, print, write; returns the exit code."""
     if args.associations < 6:
-        raise SystemExit("associative-memory: give at least 6 associations")
+        print("associative-memory: give at least 6 associations", file=sys.stderr)
+        return 2
     found = {name: {"float64": outcome} for name, outcome in anchors(args.associations).items()}
     for variant in variants():
         found[variant.label] = {}

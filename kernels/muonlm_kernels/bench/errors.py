@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -211,7 +212,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure, print, write; returns the exit code."""
     if not LEAK_RANK < args.rows <= args.cols or args.seeds < 1:
-        raise SystemExit(f"errors: give {LEAK_RANK} < rows <= cols and at least one seed")
+        print(f"errors: give {LEAK_RANK} < rows <= cols and at least one seed", file=sys.stderr)
+        return 2
     found = [measure(v, args.rows, args.cols, range(args.seeds), separate=args.separate) for v in variants()]
     print(f"relative error to the polar factor, {args.rows} x {args.cols}, {args.seeds} seed(s) a figure, iterates in")
     print("fp32/bf16/fp16; singular values of the bf16 result; energy outside the true space for rank 8;")

@@ -1,8 +1,9 @@
 """The measurement of `compare`: contenders on shapes, in interleaved rounds, with the error of their results.
 
-A plain bf16 matrix product takes part in every round: it gives the rate that the machine reached at that moment. The
-share of it that a contender reaches is counted in FLOPs of the dense iteration, whatever it really computes; what it
-saves by symmetry or by iterating on the Gram matrix shows as a higher share.
+A plain matrix product, in the precision that the device multiplies fast, takes part in every round: it gives the rate
+that the machine reached at that moment. The share of it that a contender reaches is counted in FLOPs of the dense
+iteration, whatever it really computes; what it saves by symmetry or by iterating on the Gram matrix shows as a higher
+share.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from typing import Any
 import torch
 
 from muonlm_kernels import matmul_flops, polar_factor
-from muonlm_kernels.bench.peers import STEPS, Contender, Missing
-from muonlm_kernels.bench.timing import Timer, interleaved, machine, median_interval
+from muonlm_kernels.bench.peers import STEPS, Contender, Missing, automatic_dtype
+from muonlm_kernels.bench.timing import LEAST_ROUNDS, Timer, interleaved, machine, median_interval
 from muonlm_kernels.oracle import orthogonality_error, relative_error
 
 SCHEMA = "muonlm-kernels-compare/1"
@@ -52,6 +53,7 @@ class Shape:
 class Plan:
     """How long to measure, and what.
 
+    budget_s: for the rounds of a shape; a contender that cannot make the least number of rounds in it makes one.
     longest_call_s: a contender whose call is expected to take longer is left out.
     exact_up_to: the error against the exact polar factor is computed for matrices whose shorter side is no longer.
     """
@@ -107,16 +109,20 @@ def _measure_shape(
 ) -> dict[str, Any]:
     grad = torch.randn(shape.size, generator=torch.Generator().manual_seed(0)).to(device, plan.input_dtype)
     exact = polar_factor(grad) if min(shape.rows, shape.cols) <= plan.exact_up_to else None
-    rows = [_prepare(contender, shape, grad, exact, rates, plan) for contender in found]
+    expected = {each.name: shape.dense_flops / rates[each.iterates] for each in found}
+    once = {name for name, seconds in expected.items() if seconds * LEAST_ROUNDS > plan.budget_s}
+    rows = [
+        _prepare(each, grad, exact, expected[each.name], plan, warm_ups=1 if each.name in once else 2) for each in found
+    ]
     # Each has a gradient of its own: some peers normalise a bf16 one in place.
     calls = {
         contender.name: partial(contender.orthogonalize, grad.clone())
         for contender, row in zip(found, rows, strict=True)
         if row["skipped"] is None
     }
-    size = _matmul_size(device)
-    calls[_MATMUL] = partial(torch.mm, *torch.randn(2, size, size, device=device).to(torch.bfloat16))
-    seconds = interleaved(calls, timer, rounds=plan.rounds, budget_s=plan.budget_s)
+    size, dtype = _matmul_size(device), automatic_dtype(device)
+    calls[_MATMUL] = partial(torch.mm, *torch.randn(2, size, size, device=device).to(dtype))
+    seconds = interleaved(calls, timer, rounds=plan.rounds, budget_s=plan.budget_s, once=once)
     rate_of_round = [2 * size**3 / value for value in seconds.pop(_MATMUL)]
     for row in rows:
         if row["name"] in seconds:
@@ -124,7 +130,7 @@ def _measure_shape(
     return {
         "shape": str(shape),
         "dense_flops": shape.dense_flops,
-        "matmul": {"size": size, "flops_per_s": statistics.median(rate_of_round)},
+        "matmul": {"size": size, "dtype": dtype_name(dtype), "flops_per_s": statistics.median(rate_of_round)},
         "rounds": len(rate_of_round),
         "contenders": rows,
         "ratios": [
@@ -138,11 +144,12 @@ def _measure_shape(
 
 def _prepare(
     contender: Contender,
-    shape: Shape,
     grad: torch.Tensor,
     exact: torch.Tensor | None,
-    rates: Mapping[torch.dtype, float],
+    expected_s: float,
     plan: Plan,
+    *,
+    warm_ups: int,
 ) -> dict[str, Any]:
     """The row of a contender without its times, after its first calls or with the reason why there are none."""
     row = {
@@ -150,22 +157,22 @@ def _prepare(
         "ours": contender.ours,
         "coefficients": contender.coefficients,
         "iterates": dtype_name(contender.iterates),
-        "skipped": _too_slow(shape, rates[contender.iterates], plan.longest_call_s),
+        "skipped": _too_slow(expected_s, plan.longest_call_s),
     }
     if row["skipped"]:
         return row
     try:
-        return row | _warm_up(contender, grad, exact)
+        return row | _warm_up(contender, grad, exact, warm_ups)
     except Exception as error:  # of any kind, in a stranger's code
         if contender.ours:
             raise
         return row | {"skipped": f"failed: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"}
 
 
-def _warm_up(contender: Contender, grad: torch.Tensor, exact: torch.Tensor | None) -> dict[str, Any]:
-    """Two calls, after which compiled peers are compiled, and the error of the result."""
-    contender.orthogonalize(grad.clone())
-    result = contender.orthogonalize(grad.clone())
+def _warm_up(contender: Contender, grad: torch.Tensor, exact: torch.Tensor | None, warm_ups: int) -> dict[str, Any]:
+    """The first calls, after the second of which compiled peers are compiled, and the error of the result."""
+    for _ in range(warm_ups):
+        result = contender.orthogonalize(grad.clone())
     if exact is None:
         return {}
     result_KMN = result if isinstance(result, torch.Tensor) else torch.stack(result)
@@ -184,13 +191,14 @@ def _figures(seconds: list[float], rate_of_round: list[float], dense_flops: int)
         "seconds": statistics.median(seconds),
         "seconds_of_rounds": seconds,
         "share_of_matmul_rate": statistics.median(
-            dense_flops / value / rate for value, rate in zip(seconds, rate_of_round, strict=True)
+            dense_flops / value / rate for value, rate in zip(seconds, rate_of_round, strict=False)
         ),
     }
 
 
 def _ratio(ours: Contender, peer: Contender, seconds: Mapping[str, list[float]]) -> dict[str, Any]:
-    ratios = [a / b for a, b in zip(seconds[ours.name], seconds[peer.name], strict=True)]
+    # Where one of them made a single round, that of the other is compared with it.
+    ratios = [a / b for a, b in zip(seconds[ours.name], seconds[peer.name], strict=False)]
     low, high, coverage = median_interval(ratios)
     return {
         "ours": ours.name,
@@ -212,6 +220,7 @@ def _matmul_rate(dtype: torch.dtype, device: torch.device, timer: Timer, size: i
     return 2 * size**3 / timer(partial(torch.mm, left, right))
 
 
-def _too_slow(shape: Shape, rate: float, longest_call_s: float) -> str | None:
-    expected = shape.dense_flops / rate
-    return f"a call would take about {expected:.0f} s" if expected > longest_call_s else None
+def _too_slow(expected_s: float, longest_call_s: float) -> str | None:
+    if expected_s <= longest_call_s:
+        return None
+    return f"a call would take about {expected_s:.3g} s; the longest that is measured is {longest_call_s:g} s"

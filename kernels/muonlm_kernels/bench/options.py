@@ -43,6 +43,14 @@ def writable_file(text: str) -> Path:
     return path
 
 
+def threads_of(text: str) -> int:
+    """A number of CPU threads. More than there are cores would only be slower; far too many end the process."""
+    cores = os.cpu_count() or 1
+    if not text.isdecimal() or not 0 < int(text) <= cores:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 to {cores}, the cores of this machine")
+    return int(text)
+
+
 def positive(kind: Callable[[str], float]) -> Callable[[str], float]:
     """Parses a number above 0."""
 

@@ -46,14 +46,16 @@ class UnavailableError(Exception):
 
 
 def contenders(
-    device: torch.device, coefficients: str = "jordan", dtype: torch.dtype = torch.bfloat16
+    device: torch.device, coefficients: str = "jordan", dtype: torch.dtype | None = None
 ) -> tuple[list[Contender], list[Missing]]:
     """All that can run on `device`, ours first, and the peers that cannot.
 
-    Ours is there twice: with `coefficients` in `dtype`, to be compared with peers that do the same work, and as it
-    is called by default. Peers with a choice of coefficients get the same; the others keep theirs.
+    Ours is there twice: with `coefficients` in `dtype` (None: the automatic one), to be compared with peers that do the
+    same work, and as it is called by default. Peers with a choice of coefficients get the same; the others keep theirs.
     """
-    found = [_ours(coefficients, dtype), _ours_by_default(device)]
+    automatic = automatic_dtype(device)
+    found = [_ours(coefficients, dtype or automatic)]
+    found += [Contender("muonlm default", DEFAULT, automatic, muonlm_kernels.newton_schulz, ours=True)]
     missing = []
     for name, make in _PEERS.items():
         try:
@@ -61,6 +63,11 @@ def contenders(
         except UnavailableError as error:
             missing.append(Missing(name, str(error)))
     return found, missing
+
+
+def automatic_dtype(device: torch.device) -> torch.dtype:
+    """The precision that newton_schulz takes by itself: the one in which the device multiplies fast."""
+    return muonlm_kernels.newton_schulz(torch.zeros(1, 1, device=device)).dtype
 
 
 def comparable_coefficients() -> list[str]:
@@ -77,11 +84,6 @@ def _ours(coefficients: str, dtype: torch.dtype) -> Contender:
         return muonlm_kernels.newton_schulz(grad, coefficients=coefficients, steps=STEPS, dtype=dtype)
 
     return Contender(f"muonlm {coefficients}", coefficients, dtype, orthogonalize, ours=True)
-
-
-def _ours_by_default(device: torch.device) -> Contender:
-    dtype = muonlm_kernels.newton_schulz(torch.zeros(1, 1, device=device)).dtype
-    return Contender("muonlm default", DEFAULT, dtype, muonlm_kernels.newton_schulz, ours=True)
 
 
 def _torch(name: str, device: torch.device, coefficients: str) -> Contender:

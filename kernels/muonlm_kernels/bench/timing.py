@@ -13,7 +13,7 @@ import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,9 @@ Timer = Callable[[Call], float]
 
 _FLUSH_BYTES = 512 * 2**20
 """More than the last-level cache of any current GPU (MI300X: 256 MiB)."""
+
+LEAST_ROUNDS = 5
+"""These are made however long they take."""
 
 
 def cpu_timer(sample_s: float = 0.02) -> Timer:
@@ -76,11 +79,18 @@ def timer_for(device: torch.device, sample_s: float = 0.02) -> Timer:
 
 
 def interleaved(
-    calls: Mapping[str, Call], timer: Timer, *, rounds: int, budget_s: float = math.inf, least: int = 5
+    calls: Mapping[str, Call],
+    timer: Timer,
+    *,
+    rounds: int,
+    budget_s: float = math.inf,
+    least: int = LEAST_ROUNDS,
+    once: Collection[str] = (),
 ) -> dict[str, list[float]]:
     """Seconds of each call in each round; all calls take part in every round, and the order rotates.
 
-    Ends after `rounds` rounds, or when `budget_s` seconds are spent and `least` rounds are done.
+    Ends after `rounds` rounds, or when `budget_s` seconds are spent and `least` rounds are done. Those named in `once`
+    take part in the first round only.
     """
     names, begin = list(calls), time.perf_counter()
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -89,7 +99,8 @@ def interleaved(
             break
         first = number % len(names)
         for name in names[first:] + names[:first]:
-            seconds[name].append(timer(calls[name]))
+            if number == 0 or name not in once:
+                seconds[name].append(timer(calls[name]))
     return seconds
 
 

@@ -13,6 +13,9 @@ from muonlm_kernels.cpu.buffers import Buffers, workspace
 from muonlm_kernels.cpu.rule import Rule, rule
 from muonlm_kernels.cpu.steps import grouped_steps, plain_steps, symmetric_product
 
+# The same product can differ in the last bit when its matrices begin elsewhere in a cache line. With sides that are
+# multiples of this, every matrix of a stack begins at the start of one.
+_ALIGNED_SIDE = 8
 # Norms whose fourth power, and that of their inverse, stays inside fp32.
 _SAFE_NORM = (1e-7, 1e7)
 
@@ -30,7 +33,9 @@ def orthogonalize(
     chosen = rule(m, n, triples, dtype, num_compensated=num_compensated)
     if chosen.stacked:
         return _stack(grad_KMN, triples, dtype, num_compensated)
-    out_KMN = torch.empty(grad_KMN.shape, dtype=dtype, device="cpu")
+    size = m * n
+    padded = -(-size // _ALIGNED_SIDE**2) * _ALIGNED_SIDE**2
+    out_KMN = torch.empty((len(grad_KMN), padded), dtype=dtype, device="cpu")[:, :size].view(grad_KMN.shape)
     buffers = workspace.buffers(m, n, dtype)
     pairs = zip(grad_KMN, out_KMN, strict=True)
     is_finite = [_single(*pair, triples, chosen, buffers, num_compensated) for pair in pairs]
@@ -115,4 +120,8 @@ def _stack(
     if not bool(is_safe_K.all()):
         unsafe = (~is_safe_K).nonzero().flatten()
         x_KMN[unsafe], is_finite_K[unsafe] = reference.normalize(grad_KMN[unsafe])
-    return reference.iterate(x_KMN, triples, dtype, num_compensated=num_compensated), is_finite_K
+    _, m, n = x_KMN.shape
+    if m % _ALIGNED_SIDE or n % _ALIGNED_SIDE:
+        x_KMN = torch.nn.functional.pad(x_KMN, (0, -n % _ALIGNED_SIDE, 0, -m % _ALIGNED_SIDE))
+    x_KMN = reference.iterate(x_KMN, triples, dtype, num_compensated=num_compensated)
+    return x_KMN[:, :m, :n].contiguous(), is_finite_K

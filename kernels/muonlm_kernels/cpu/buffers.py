@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 _CACHE_LINE_BYTES = 64
+
+
+@contextmanager
+def outside_of_modes() -> Iterator[None]:
+    """For tensors that are kept: made in inference mode or a FakeTensorMode, they could not be used outside of it."""
+    with torch.inference_mode(False), _disable_current_modes():
+        yield
 
 
 @dataclass(frozen=True)
@@ -44,8 +54,7 @@ class _Workspace(threading.local):
         """Buffers of one shape; their content is whatever was left there."""
         if found := self._buffers.get((m, n, dtype)):
             return found
-        # Made in inference mode, they could not be written outside of it.
-        with torch.inference_mode(False):
+        with outside_of_modes():
             return self._buffers.setdefault((m, n, dtype), self._make(m, n, dtype))
 
     def _make(self, m: int, n: int, dtype: torch.dtype) -> Buffers:

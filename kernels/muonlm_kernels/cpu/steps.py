@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 
 from muonlm_kernels.coefficients import Triple
-from muonlm_kernels.cpu.buffers import Buffers
+from muonlm_kernels.cpu.buffers import Buffers, outside_of_modes
 
 
 def plain_steps(buffers: Buffers, triples: tuple[Triple, ...], scale: float, out_MN: torch.Tensor) -> None:
@@ -103,7 +103,7 @@ def _dithered(value: float, size: int, dtype: torch.dtype) -> torch.Tensor:
 def _dither(size: int, dtype: torch.dtype) -> torch.Tensor:
     """Offsets for values of [1/2, 1): multiples of the golden ratio, which fill an interval evenly from any start."""
     golden = (math.sqrt(5) - 1) / 2
-    with torch.inference_mode(False):  # they are kept
+    with outside_of_modes():
         steps = torch.arange(size, dtype=torch.float64, device="cpu")
         offsets = ((steps * golden) % 1 - 0.5) * (torch.finfo(dtype).eps / 4)
         return offsets if dtype == torch.float64 else offsets.float()
@@ -112,7 +112,7 @@ def _dither(size: int, dtype: torch.dtype) -> torch.Tensor:
 @lru_cache(maxsize=256)
 def _offsets(triples: tuple[Triple, ...], size: int, dtype: torch.dtype) -> list[torch.Tensor]:
     """What is added to the diagonal of Q in the second step and those after it."""
-    with torch.inference_mode(False):  # they are kept
+    with outside_of_modes():
         return [_dithered(a, size, dtype) for a, _, _ in triples[1:]]
 
 
