@@ -67,6 +67,14 @@ def all_gather_into(output: torch.Tensor, input: torch.Tensor) -> None:
         output.copy_(input)
 
 
+def broadcast(tensor: torch.Tensor, src: int = 0) -> torch.Tensor:
+    """Overwrite `tensor` with that of rank `src` and return it."""
+    if is_active():
+        with _counted("broadcast", tensor):
+            dist.broadcast(tensor, src=src)
+    return tensor
+
+
 class Pending:
     """A collective under way; `wait` returns when its output may be read. The time spent in waiting is counted."""
 
@@ -98,6 +106,9 @@ def start_all_to_all(
 
 def start_all_gather(output: torch.Tensor, input: torch.Tensor, group: Group = None) -> Pending:
     """As `all_gather_into`, without waiting for it."""
+    if not is_active():
+        output.copy_(input)
+        return Pending("all_gather", None)
     with _counted("all_gather", input):
         work = _all_gather(output, input, group=group, async_op=True)
     return Pending("all_gather", work, output, input)
@@ -107,6 +118,9 @@ def start_reduce_scatter(
     output: torch.Tensor, input: torch.Tensor, op: Op = "sum", group: Group = None
 ) -> Pending:
     """Reduce `input` over the ranks and give each an equal part of it, in rank order. Counts the bytes of `input`."""
+    if not is_active():
+        output.copy_(input)
+        return Pending("reduce_scatter", None)
     with _counted("reduce_scatter", input):
         work = _reduce_scatter(output, input, op=_OPS[op], group=group, async_op=True)
     return Pending("reduce_scatter", work, output, input)

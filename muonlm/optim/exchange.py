@@ -82,7 +82,7 @@ class Exchange:
         num_computed = 0
         for number, work in enumerate(self.rounds):
             while number + len(gathers) < len(self.rounds) and len(gathers) <= self.depth:
-                gathers.append(self._start_gather(self.rounds[number + len(gathers)], updates))
+                gathers.append(self._start_gather(number + len(gathers), updates))
             inputs = self._assemble(work, updates, gathers.popleft())
             results = self._compute(inputs, work.tasks, orthogonalize, orthogonalize_part)
             num_computed += len(results)
@@ -93,22 +93,23 @@ class Exchange:
             self._finish_scatter(scatters.popleft(), updates)
         return num_computed
 
-    def _start_gather(self, work: Round, updates: Sequence[torch.Tensor]) -> _Transfer:
+    def _start_gather(self, number: int, updates: Sequence[torch.Tensor]) -> _Transfer:
+        work = self.rounds[number]
         out = {rank: [s.view_of(updates[s.param]) for s in segments] for rank, segments in work.gather_out.items()}
-        return self._start_all_to_all(out, work.gather_in, like=updates)
+        return self._start_all_to_all(number, out, work.gather_in, like=updates)
 
     def _start_scatter(self, number: int, work: Round, results: Matrices, updates: Sequence[torch.Tensor]) -> _Transfer:
         if self.plan.is_broadcast and self.plan.num_ranks > 1:
             own = [_placed(s, results) for s in work.scatter_out.get(self.rank, ())]
             return self._start_all_gather(number, own, work.scatter_in, like=updates)
         out = {rank: [_placed(s, results) for s in segments] for rank, segments in work.scatter_out.items()}
-        transfer = self._start_all_to_all(out, work.scatter_in, like=updates)
+        transfer = self._start_all_to_all(number, out, work.scatter_in, like=updates)
         if kept := work.scatter_in.get(self.rank):
             torch._foreach_copy_([s.view_of(updates[s.param]) for s in kept], out[self.rank])
         return transfer
 
     def _start_all_to_all(
-        self, out: dict[int, list[torch.Tensor]], incoming: Segments, like: Sequence[torch.Tensor]
+        self, number: int, out: dict[int, list[torch.Tensor]], incoming: Segments, like: Sequence[torch.Tensor]
     ) -> _Transfer:
         """Send views to other ranks. What a rank keeps is left out of both buffers."""
         ranks = range(self.plan.num_ranks)
@@ -116,7 +117,7 @@ class Exchange:
         sent = [0 if r == self.rank else sum(v.numel() for v in out.get(r, ())) for r in ranks]
         expected = [0 if r == self.rank else sum(s.numel for s in incoming.get(r, ())) for r in ranks]
         received = like[0].new_empty(sum(expected))
-        if not self._is_exchanging:
+        if not self.plan.travels[number]:
             return _Transfer(None, received, {}, None)
         send = like[0].new_empty(sum(sent))
         _fill(send, [view for rank in others for view in out.get(rank, ())])
@@ -132,19 +133,6 @@ class Exchange:
         received = like[0].new_empty(self.plan.num_ranks * longest)
         pending = collectives.start_all_gather(received, send)
         return _Transfer(pending, received, incoming, longest)
-
-    @cached_property
-    def _is_exchanging(self) -> bool:
-        """Whether anything travels between ranks, in any round and on any rank: all must come to the same answer."""
-        plan = self.plan
-        if plan.num_ranks == 1:
-            return False
-        for index, piece in enumerate(plan.pieces):
-            team = plan.assignment.workers[index]
-            layout = plan.layouts[piece.param]
-            if len(team) > 1 or set(layout.by_rank) != set(team) or team[0] not in layout.holders_of(piece.bounds):
-                return True
-        return False
 
     def _assemble(self, work: Round, updates: Sequence[torch.Tensor], transfer: _Transfer) -> _Inputs:
         """The inputs of this rank's tasks, whole matrices of one shape in one stack."""

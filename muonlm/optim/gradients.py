@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -18,6 +19,9 @@ import torch
 from muonlm.config.errors import UserError
 from muonlm.dist import collectives
 from muonlm.optim.shards import Shard
+
+# Norms that differ by less, relatively, are of the same gradients: summed in another order, at most.
+_SAME_NORM = 1e-3
 
 
 class NonFiniteGradient(UserError):
@@ -46,15 +50,16 @@ class GroupShards(NamedTuple):
 
 
 class Description(NamedTuple):
-    """What an optimizer consists of, a line for each parameter, and a 60-bit hash of it."""
+    """What an optimizer consists of: a line for each parameter, one for each option, and a 60-bit hash of both."""
 
-    lines: list[str]
+    parameters: list[str]
+    options: list[str]
     number: int
 
 
-def describe(lines: list[str]) -> Description:
-    """The description made of `lines`."""
-    return Description(lines, _hash("\n".join(lines)))
+def describe(parameters: list[str], options: list[str]) -> Description:
+    """The description made of these lines."""
+    return Description(parameters, options, _hash("\n".join([*options, *parameters])))
 
 
 @torch.no_grad()
@@ -73,17 +78,19 @@ def agree_and_clip(
     clip would only change how gradients weigh against each other in the momentum. `overflow` says that the caller (a
     loss scaler) has found the gradients of this rank to be not finite. One host synchronisation.
 
-    Raises on all ranks alike, before anything is changed: UserError where ranks have other parameters, or where only
-    some have a gradient; NonFiniteGradient unless `skip_non_finite`.
+    Raises on all ranks alike, before anything is changed: UserError where ranks have other parameters or options, where
+    only some have a gradient, or where gradients of what all ranks hold differ (in norm, by more than 1e-3), as they
+    do when they were not averaged; NonFiniteGradient unless `skip_non_finite`.
     """
     shards = [shard for group in groups for shard in group.shards]
     grads = {id(shard): shard.grad() for shard in shards}
     # A rank that holds nothing of a parameter cannot know whether it has a gradient.
     present = [shard.name for shard in shards if grads[id(shard)] is not None]
-    squares, bad = _squares(groups, grads)
+    squares, bad, copied = _squares(groups, grads)
     if collectives.is_active():
-        absent_hash = _hash("\n".join(present))
+        absent_hash, norm_bits = _hash("\n".join(present)), _sortable(math.sqrt(sum(copied.values())))
         header = [description.number, -description.number, absent_hash, -absent_hash, int(bool(bad) or overflow)]
+        header += [norm_bits, -norm_bits]
         agreed = collectives.all_reduce(torch.tensor(header, dtype=torch.int64, device=device), "max").tolist()
         if agreed[0] != -agreed[1]:
             _raise_differing(description)
@@ -96,6 +103,8 @@ def agree_and_clip(
         if skip_non_finite:
             return GradNorms(math.nan, {group.name: math.nan for group in groups}, 1.0, is_skipped=True)
         _raise_non_finite(bad)
+    if collectives.is_active() and _number(agreed[5]) > _number(-agreed[6]) * (1 + _SAME_NORM):
+        _raise_not_averaged(copied)
     by_group = _group_norms(groups, squares, device)
     total = math.hypot(*by_group.values())
     clipped_norm = math.hypot(*(by_group.get(group.name, 0.0) for group in groups if group.is_clipped))
@@ -103,30 +112,36 @@ def agree_and_clip(
     if max_norm and clipped_norm > max_norm:
         factor = max_norm / clipped_norm
         members = [grads[id(shard)] for group in groups if group.is_clipped for shard in group.shards]
-        torch._foreach_mul_([grad for grad in members if grad is not None], factor)
+        if live := [grad for grad in members if grad is not None]:
+            torch._foreach_mul_(live, factor)
     return GradNorms(total, by_group, factor)
 
 
 def _squares(
     groups: Sequence[GroupShards], grads: dict[int, torch.Tensor | None]
-) -> tuple[dict[str, float], list[str]]:
-    """Squared norms of this rank's gradients by group, each element's counted once over all ranks; and what is bad.
+) -> tuple[dict[str, float], list[str], dict[str, float]]:
+    """Squared norms of this rank's gradients, by group, each element's counted once over all ranks; what is bad; and
+    by parameter those of which every rank has all.
 
     A norm that overflows in fp32 although every element is finite is computed again in fp64.
     """
     live = [(g.name, s, grad) for g in groups for s in g.shards if (grad := grads[id(s)]) is not None and grad.numel()]
     squares = {group.name: 0.0 for group in groups if any(grads[id(s)] is not None for s in group.shards)}
     if not live:
-        return squares, []
-    norms = torch.stack([n.double() for n in torch._foreach_norm([grad for _, _, grad in live])]).tolist()
-    bad = []
+        return squares, [], {}
+    # The norm of a 16-bit gradient would be rounded to 16 bits itself.
+    wide = None if any(grad.dtype == torch.float64 for _, _, grad in live) else torch.float32
+    norms = torch.stack([n.double() for n in torch._foreach_norm([grad for _, _, grad in live], 2, wide)]).tolist()
+    bad, copied = [], {}
     for (name, shard, grad), norm in zip(live, norms, strict=True):
         if not math.isfinite(norm):
             norm = float(grad.double().norm()) if bool(torch.isfinite(grad).all()) else math.nan
             if math.isnan(norm):
                 bad.append(shard.name)
         squares[name] += norm * norm / shard.layout.num_copies
-    return squares, bad
+        if shard.layout.num_copies == collectives.world_size():
+            copied[shard.name] = norm * norm
+    return squares, bad, copied
 
 
 def _group_norms(groups: Sequence[GroupShards], squares: dict[str, float], device: torch.device) -> dict[str, float]:
@@ -142,14 +157,26 @@ def _group_norms(groups: Sequence[GroupShards], squares: dict[str, float], devic
     return dict(zip(names, collectives.all_reduce(summed).sqrt().tolist(), strict=True))
 
 
+def _sortable(number: float) -> int:
+    """An integer that is larger for a larger number, of those that are not negative."""
+    return int(struct.unpack("<q", struct.pack("<d", number))[0]) if math.isfinite(number) else 0
+
+
+def _number(sortable: int) -> float:
+    return float(struct.unpack("<d", struct.pack("<q", sortable))[0])
+
+
 def _hash(text: str) -> int:
     return int(hashlib.sha256(text.encode()).hexdigest()[:15], 16)
 
 
 def _raise_differing(description: Description) -> None:
-    every = collectives.gather_objects(description.lines)
-    rank = next(rank for rank, lines in enumerate(every) if lines != every[0])
-    differing = [(a, b) for a, b in zip(every[0], every[rank], strict=False) if a != b]
+    gathered = collectives.gather_objects((description.parameters, description.options))
+    rank = next(rank for rank, lines in enumerate(gathered) if lines != gathered[0])
+    every = [parameters for parameters, _ in gathered]
+    # Where the parameters are the same, it is the options.
+    pair = every if every[0] != every[rank] else [options for _, options in gathered]
+    differing = [(a, b) for a, b in zip(pair[0], pair[rank], strict=False) if a != b]
     if differing:
         difference = f"rank 0 has {differing[0][0]}, rank {rank} {differing[0][1]}"
     else:
@@ -157,8 +184,8 @@ def _raise_differing(description: Description) -> None:
         difference = f"rank {more} also has {every[more][len(every[fewer])]}"
     raise UserError(
         f"the optimizers of rank {rank} and rank 0 differ ({len(every[rank])} parameters against {len(every[0])}): "
-        f"{difference}. All ranks must build the same model, sharded alike, and the same parameter groups, also when "
-        "they add one later"
+        f"{difference}. All ranks must build the same model, sharded alike, and the same parameter groups with the "
+        "same options, also when they add one later"
     )
 
 
@@ -170,6 +197,17 @@ def _raise_missing(names: list[str], present: set[str]) -> None:
     raise UserError(
         f"{name} has no gradient on rank {without} but has one on the others; every rank must use the same parameters "
         "in a step. Nothing was updated"
+    )
+
+
+def _raise_not_averaged(copied: dict[str, float]) -> None:
+    every = [{name: math.sqrt(square) for name, square in one.items()} for one in collectives.gather_objects(copied)]
+    low, high = ({name: pick(one[name] for one in every) for name in every[0]} for pick in (min, max))
+    name = max(high, key=lambda name: high[name] / low[name] if low[name] else high[name] and math.inf)
+    rank = next(rank for rank, one in enumerate(every) if one[name] != every[0][name])
+    raise UserError(
+        f"{name}, which every rank holds, has a gradient of norm {every[0][name]:.6g} on rank 0 and of "
+        f"{every[rank][name]:.6g} on rank {rank}: average gradients over the ranks before the step. Nothing was updated"
     )
 
 

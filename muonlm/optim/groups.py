@@ -1,4 +1,4 @@
-"""What a parameter group of `Muon` must look like."""
+"""What a parameter group of `Muon` must look like, and its options."""
 
 from __future__ import annotations
 
@@ -9,8 +9,20 @@ import torch
 from muonlm.config.errors import UserError
 from muonlm.optim.layout import Index, as_stack
 from muonlm.optim.scaling import SCALINGS
+from muonlm_kernels import coefficients as named_coefficients
 
 _RULES = ("muon", "adamw")
+_NON_FINITE = ("raise", "skip")
+
+
+def check_options(coefficients: str, steps: int, non_finite: str) -> None:
+    """Raise UserError for options of the whole optimizer that cannot be."""
+    try:
+        named_coefficients(coefficients, steps)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if non_finite not in _NON_FINITE:
+        raise UserError(f"non_finite is {' or '.join(_NON_FINITE)}, not {non_finite!r}")
 
 
 def check_group(group: dict[str, Any], number: int) -> list[str]:

@@ -96,7 +96,15 @@ class Layout:
 
     def holders_of(self, box: Box) -> list[int]:
         """Ranks that hold all of `box` in one block, in order."""
-        return sorted({rank for held, ranks in self.by_box.items() if held.intersect(box) == box for rank in ranks})
+        if box not in self._holders:
+            found = {rank for held, ranks in self.by_box.items() if held.intersect(box) == box for rank in ranks}
+            self._holders[box] = sorted(found)
+        return self._holders[box]
+
+    @cached_property
+    def _holders(self) -> dict[Box, list[int]]:
+        """What `holders_of` has found: parameters of one shape share a layout, and it takes a look at every block."""
+        return {}
 
     def source(self, box: Box, receiver: int) -> int:
         """Which of the ranks that hold the block `box` sends it to `receiver`: one of its own replica, if it is in one.
@@ -129,32 +137,39 @@ def replicated(shape: Index, ranks: Iterable[int]) -> Layout:
 
 
 def flat_ranges(shape: Index, ranges: Iterable[tuple[int, int, int]]) -> Layout:
-    """Ranges (rank, begin, end) of the flattened parameter, as ZeRO partitions cut it; each lies flat on its rank."""
+    """Ranges (rank, begin, end) of the flattened parameter, as ZeRO partitions cut it.
+
+    On each rank its ranges lie one after the other, in the given order.
+    """
     ranges = tuple(ranges)
     holdings: list[Holding] = []
+    offsets: dict[int, int] = {}
     for rank, begin, end in ranges:
-        offset = 0
-        for box in _boxes_of_range(shape, begin, end):
-            holdings.append(Holding(rank, box, offset))
-            offset += box.numel
+        for start, size in blocks_of_range(shape, begin, end):
+            box = Box(start, size)  # type: ignore[arg-type]
+            holdings.append(Holding(rank, box, offsets.get(rank, 0)))
+            offsets[rank] = offsets.get(rank, 0) + box.numel
     return Layout(shape, tuple(holdings), f"{shape} in flat ranges {ranges}")
 
 
-def _boxes_of_range(shape: Index, begin: int, end: int) -> Iterator[Box]:
-    """A range of the flattened stack as blocks, in order: parts of rows, whole rows, whole matrices."""
-    _, rows, cols = shape
+def blocks_of_range(shape: Sequence[int], begin: int, end: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """A range of a flattened tensor as blocks (start, size), in order: as few as there are, each contiguous."""
     while begin < end:
-        expert, inside = divmod(begin, rows * cols)
-        row, col = divmod(inside, cols)
-        left = end - begin
-        if col or left < cols:
-            box = Box((expert, row, col), (1, 1, min(cols - col, left)))
-        elif row or left < rows * cols:
-            box = Box((expert, row, 0), (1, min(rows - row, left // cols), cols))
-        else:
-            box = Box((expert, 0, 0), (left // (rows * cols), rows, cols))
-        yield box
-        begin += box.numel
+        # The largest block that starts here: of whole sub-tensors of the first dim at whose border it stands.
+        inner = math.prod(shape)
+        for dim, length in enumerate(shape):
+            inner //= length
+            if begin % inner == 0 and end - begin >= inner:
+                break
+        index = begin // inner % shape[dim]
+        count = min(shape[dim] - index, (end - begin) // inner)
+        outer, rest = [], begin // (inner * shape[dim])
+        for size in reversed(shape[:dim]):
+            rest, i = divmod(rest, size)
+            outer.append(i)
+        start = (*reversed(outer), index, *(0 for _ in shape[dim + 1 :]))
+        yield start, (*(1 for _ in shape[:dim]), count, *shape[dim + 1 :])
+        begin += count * inner
 
 
 @dataclass(frozen=True)

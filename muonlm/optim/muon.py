@@ -21,11 +21,12 @@ from typing import Any, Literal
 import torch
 from torch.optim.adamw import adamw
 
+from muonlm.config.errors import UserError
 from muonlm.dist import collectives
 from muonlm.optim.assign import SPLIT_MIN_FLOPS
 from muonlm.optim.exchange import Exchange
 from muonlm.optim.gradients import Description, GradNorms, GroupShards, agree_and_clip, describe
-from muonlm.optim.groups import check_group
+from muonlm.optim.groups import check_group, check_options
 from muonlm.optim.pieces import Piece, pieces_of
 from muonlm.optim.plan import Plan, make_plan
 from muonlm.optim.scaling import Scaling, update_scale
@@ -102,6 +103,7 @@ class Muon(torch.optim.Optimizer):
             "betas": betas,
             "eps": eps,
         }
+        check_options(coefficients, steps, non_finite)
         self.grad_clip, self.non_finite = grad_clip, non_finite
         self.num_skipped = 0
         self._momentum_dtype, self._sharding = momentum_dtype, sharding
@@ -119,7 +121,18 @@ class Muon(torch.optim.Optimizer):
         self._depth = depth
         self._shards: dict[torch.Tensor, Shard] = {}
         self._exchange: Exchange | None = None
-        self._description: Description | None = None
+        # What all ranks must have alike, beside the options of the groups.
+        self._options = {
+            "coefficients": coefficients,
+            "dtype": dtype,
+            "compensated": compensated,
+            "momentum_dtype": momentum_dtype,
+            "non_finite": non_finite,
+            "depth": depth,
+            **self._plan_options,
+        }
+        self._group_keys = tuple(defaults)
+        self._parameter_lines: list[str] | None = None
         self._norms: GradNorms | None = None
         super().__init__(params, defaults)
 
@@ -127,21 +140,28 @@ class Muon(torch.optim.Optimizer):
         """Add a group and allocate its state; the work is assigned anew at the next step. All ranks must add it."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        names = check_group(group, len(self.param_groups) - 1)
-        for name, param in zip(names, group["params"], strict=True):
-            shard = self._shards[param] = self._make_shard(name, param, group)
+        try:
+            names = check_group(group, len(self.param_groups) - 1)
+            shards = [self._make_shard(name, param, group) for name, param in zip(names, group["params"], strict=True)]
+            for shard in shards if group["rule"] == "muon" else []:
+                pieces_of(0, shard.name, shard.layout.shape, group["split"])
+        except UserError:
+            del self.param_groups[-1]
+            raise
+        for param, shard in zip(group["params"], shards, strict=True):
+            self._shards[param] = shard
             values = shard.state_like()
             state = self.state[param]
             if group["rule"] == "muon":
                 state["momentum_buffer"] = torch.zeros_like(values, dtype=self._momentum_dtype)
             else:
-                state["step"] = torch.zeros((), dtype=torch.float32)
+                state["step"] = torch.zeros((), dtype=torch.float32, device=values.device)
                 state["exp_avg"] = torch.zeros_like(values)
                 state["exp_avg_sq"] = torch.zeros_like(values)
-        self._exchange = self._description = None
+        self._exchange = self._parameter_lines = None
 
     def _make_shard(self, name: str, param: torch.Tensor, group: dict[str, Any]) -> Shard:
-        is_stack = group["rule"] == "muon" and param.ndim == 3 and not group["convolution"]
+        is_stack = param.ndim == 3 and not group["convolution"]
         if self._sharding is not None:
             return self._sharding.shard(name, param)
         return tensor_shard(name, param, is_stack=is_stack)
@@ -174,11 +194,9 @@ class Muon(torch.optim.Optimizer):
             for number, group in enumerate(self.param_groups)
         ]
         overflow = self._undo_loss_scale()
-        if self._description is None:
-            self._description = describe(self._lines())
         self._norms = agree_and_clip(
             groups,
-            self._description,
+            self._describe(max_norm),
             max_norm=max_norm,
             device=self._device,
             skip_non_finite=self.non_finite == "skip" or getattr(self, "found_inf", None) is not None,
@@ -197,7 +215,13 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        norms = self._norms or self.clip_gradients(self.grad_clip)
+        norms, self._norms = self._norms, None
+        if norms is not None and getattr(self, "grad_scale", None) is not None:
+            raise UserError(
+                "the gradients were measured and clipped while they carried the loss scale; call "
+                "scaler.unscale_(optimizer) before clip_gradients. Nothing was updated"
+            )
+        norms = norms or self.clip_gradients(self.grad_clip)
         self._norms = None
         if norms.is_skipped:
             self.num_skipped += 1
@@ -214,16 +238,21 @@ class Muon(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, but momentum keeps its own dtype rather than that of the parameter."""
         super().load_state_dict(state_dict)
-        if self._momentum_dtype is not None:
-            for group in self._muon_groups():
-                for param in group["params"]:
-                    state = self.state[param]
-                    state["momentum_buffer"] = state["momentum_buffer"].to(self._momentum_dtype)
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        for number, param in zip(numbers, self._shards, strict=True):
+            loaded, state = state_dict["state"].get(number, {}), self.state[param]
+            if self._momentum_dtype is not None and "momentum_buffer" in loaded:
+                # Not from what torch has cast: that has lost the bits that the parameter's dtype does not have.
+                state["momentum_buffer"] = loaded["momentum_buffer"].to(param.device, self._momentum_dtype)
+            if "step" in state:
+                state["step"] = state["step"].to(param.device)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch; what `clip_gradients` found out about the old gradients is forgotten."""
         self._norms = None
         super().zero_grad(set_to_none)
+        if self._sharding is not None:
+            self._sharding.zero_grad(set_to_none)
 
     @property
     def _device(self) -> torch.device:
@@ -232,19 +261,26 @@ class Muon(torch.optim.Optimizer):
     def _muon_groups(self) -> list[dict[str, Any]]:
         return [group for group in self.param_groups if group["rule"] == "muon"]
 
-    def _lines(self) -> list[str]:
-        return [
-            f"{shard.name} under {group['rule']}, {shard.layout.key}, split {group['split']}"
-            for group in self.param_groups
-            for shard in self.shards(group)
-        ]
+    def _describe(self, max_norm: float) -> Description:
+        if self._parameter_lines is None:
+            self._parameter_lines = [
+                f"{shard.name} under {group['rule']}, {shard.layout.key}, split {group['split']}"
+                for group in self.param_groups
+                for shard in self.shards(group)
+            ]
+        options = [f"{key} {value}" for key, value in {"grad_clip": max_norm, **self._options}.items()]
+        for number, group in enumerate(self.param_groups):
+            values = {key: group.get(key) for key in self._group_keys} | {"lr": float(group["lr"])}
+            options += [f"{key} {value} in group {group.get('name', number)}" for key, value in values.items()]
+        return describe(self._parameter_lines, options)
 
     def _undo_loss_scale(self) -> bool:
         """Divide the gradients by the scale that a GradScaler has set here; whether it found them not finite."""
         scale = getattr(self, "grad_scale", None)
         if scale is not None:
             grads = [g for shard in self._shards.values() if (g := shard.grad()) is not None]
-            torch._foreach_div_(grads, float(scale))
+            if grads:
+                torch._foreach_div_(grads, float(scale))
         found = getattr(self, "found_inf", None)
         return found is not None and bool(found)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from muonlm.config.errors import UserError
 from muonlm.optim.layout import Box, Index
 
 
@@ -74,7 +75,7 @@ class Piece:
 def pieces_of(param: int, name: str, shape: Index, split: Split | None) -> list[Piece]:
     """The matrices of a parameter seen as a stack (E, out, in), in the order of the stack, then of the split.
 
-    Raises ValueError when the split does not divide the weight.
+    Raises UserError when the split does not divide the weight.
     """
     experts, rows, cols = shape
     if split is None:
@@ -84,7 +85,7 @@ def pieces_of(param: int, name: str, shape: Index, split: Split | None) -> list[
         segments, dim = split.segments(), split.dim
         total = sum(split.sizes) * split.groups
         if total != shape[1 + dim]:
-            raise ValueError(
+            raise UserError(
                 f"{name}: a split of {split.groups} x {split.sizes} covers {total} of the {shape[1 + dim]} "
                 f"{('rows', 'columns')[dim]} of the weight {shape[1:]}"
             )

@@ -117,6 +117,18 @@ class Plan:
         """Every rank holds every parameter whole: inputs do not travel, and every result goes to every rank."""
         return all(layout.is_replicated and len(layout.by_rank) == self.num_ranks for layout in self.layouts)
 
+    @cached_property
+    def travels(self) -> list[bool]:
+        """For each round whether anything in it goes from one rank to another."""
+        out = [False] * self.num_rounds
+        for piece, team, number in zip(self.pieces, self.assignment.workers, self.rounds, strict=True):
+            boxes = self.layouts[piece.param].by_box.items()
+            out[number] = out[number] or any(
+                (ranks != team or len(team) > 1) and any(box.intersect(part.box) for part in piece.parts)
+                for box, ranks in boxes
+            )
+        return out
+
     def lines(self) -> list[str]:
         """One line a matrix: what it is, how it is held, who computes it, when."""
         return [

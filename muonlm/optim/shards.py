@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch.distributed.tensor import DTensor, Replicate
@@ -41,6 +41,9 @@ class Shard(Protocol):
     def local_state(self, state: torch.Tensor) -> torch.Tensor:
         """The part of such a state that belongs to `local()`."""
 
+    def logical(self, state: torch.Tensor) -> Any:
+        """Such a state as torch.distributed.checkpoint saves and loads it in place: whole, wherever its parts lie."""
+
 
 class Sharding(Protocol):
     """An engine that keeps parameters in its own way, as ZeRO's buckets do."""
@@ -53,6 +56,9 @@ class Sharding(Protocol):
 
     def after_step(self) -> None:
         """Called when the values have been updated."""
+
+    def zero_grad(self, set_to_none: bool = True) -> Any:
+        """Called when gradients are to be dropped."""
 
 
 @dataclass
@@ -82,6 +88,10 @@ class TensorShard:
     def local_state(self, state: torch.Tensor) -> torch.Tensor:
         """The tensor, or the local part of a DTensor."""
         return local_tensor(state)
+
+    def logical(self, state: torch.Tensor) -> Any:
+        """The state itself."""
+        return state
 
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:

@@ -31,6 +31,17 @@ CASES = [
     (4, "cut:2", [(6, 24, 18)]),
     (2, "fsdp", [(4, 24, 16), (32, 16), (16, 16)]),
 ]
+EIGHT_RANKS = [
+    (8, "fsdp", [(18, 64), (1, 64)]),
+    (8, "fsdp", GPT[:5]),
+    (8, "hsdp", GPT),
+    (8, "tp", GPT),
+    (8, "fsdp-tp", [*GPT, (18, 64)]),
+    (8, "replicated", GPT[:5]),
+    (8, "cut:0", [(6, 24, 16)]),
+    (8, "cut:1", [(6, 24, 16)]),
+]
+CASES += [pytest.param(*case, marks=pytest.mark.slow) for case in EIGHT_RANKS]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,0 +1,328 @@
+"""ZeRO-1 and 2 for Muon: data parallelism in which optimizer state lies on one rank, and whole matrices have one owner.
+
+Parameters are whole on every rank. `buckets` says who owns what. In a step, in the order in which gradients become
+ready, each bucket's gradients are averaged by one reduce_scatter, which leaves every rank those of its slot, while the
+backward pass goes on; the owners update their slots, and one all_gather a bucket brings the new values to all. Bytes on
+a ring: (D - 1) / D of all gradients and of all parameters, padding included: those of ZeRO-AdamW.
+
+Stage 1 accumulates whole gradients over micro-batches and reduces the sum; stage 2 reduces after every backward pass and
+frees gradients as their bucket leaves, so that no rank keeps more than a bucket and its own part of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.distributed._shard.sharded_tensor import Shard as TensorPart
+from torch.distributed._shard.sharded_tensor import ShardedTensor, ShardedTensorMetadata, TensorProperties
+from torch.distributed._shard.sharding_spec import ShardMetadata
+from torch.distributed.tensor import DTensor
+
+from muonlm.config.errors import UserError
+from muonlm.dist import collectives
+from muonlm.dist.collectives import Pending
+from muonlm.optim.buckets import Bucket, Entry, Item, item_of, plan_buckets
+from muonlm.optim.groups import stack_shape
+from muonlm.optim.layout import Layout, blocks_of_range, flat_ranges
+
+
+@dataclass
+class ZeroShard:
+    """The part of a parameter that lies in this rank's slot of its bucket, flat; empty where another rank owns it."""
+
+    name: str
+    param: torch.Tensor
+    layout: Layout
+    pinned: bool
+    bucket: _Live
+    part: slice
+    ranges: tuple[tuple[int, int, int], ...]
+
+    def local(self) -> torch.Tensor:
+        """The values in this rank's slot."""
+        return self.bucket.own[self.part]
+
+    def grad(self) -> torch.Tensor | None:
+        """Their averaged gradient; None where this rank's backward passes gave the parameter none."""
+        if self.name not in self.bucket.with_grad or self.bucket.grads is None:
+            return None
+        return self.bucket.grads[self.part]
+
+    def state_like(self) -> torch.Tensor:
+        """The values in this rank's slot."""
+        return self.local()
+
+    def local_state(self, state: torch.Tensor) -> torch.Tensor:
+        """The state itself: it is kept where the values are."""
+        return state
+
+    def logical(self, state: torch.Tensor) -> Any:
+        """State as a tensor of the parameter's shape whose parts lie on their owners, for distributed checkpoints."""
+        if state.ndim == 0:
+            return state
+        shape, offset = self.param.shape, 0
+        parts, metadata = [], []
+        for rank, begin, end in self.ranges:
+            for start, size in blocks_of_range(shape, begin, end):
+                data = ShardMetadata(list(start), list(size), f"rank:{rank}/{state.device}")
+                metadata.append(data)
+                if rank == collectives.rank():
+                    numel = torch.Size(size).numel()
+                    parts.append(TensorPart(state[offset : offset + numel].view(size), data))
+                    offset += numel
+        whole = ShardedTensorMetadata(metadata, shape, TensorProperties(dtype=state.dtype))
+        return ShardedTensor._init_from_local_shards_and_global_metadata(parts, whole)
+
+
+class _Live:
+    """A bucket at work: the values of all slots, this rank's gradients, and what is on its way."""
+
+    def __init__(self, plan: Bucket, params: Mapping[int, tuple[str, nn.Parameter]]) -> None:
+        self.params = params
+        first = next(iter(params.values()))[1]
+        self.values = first.detach().new_zeros(plan.slot * collectives.world_size())
+        rank = collectives.rank()
+        self.own = self.values[rank * plan.slot : (rank + 1) * plan.slot]
+        self.entries: dict[int, list[Entry]] = {item: [] for item in params}
+        self._parts: dict[int, list[tuple[slice, slice]]] = {item: [] for item in params}
+        for entry in plan.entries:
+            begin = entry.rank * plan.slot + entry.offset
+            places = slice(entry.begin, entry.end), slice(begin, begin + entry.end - entry.begin)
+            self.entries[entry.item].append(entry)
+            self._parts[entry.item].append(places)
+        self.grads: torch.Tensor | None = None
+        self.with_grad: set[str] = set()
+        self._waiting = set(params)
+        self._send: torch.Tensor | None = None
+        self._pending: tuple[Pending, torch.Tensor] | None = None
+
+    @torch.no_grad()
+    def adopt(self) -> None:
+        """Move rank 0's values in here. A parameter that is not cut becomes a view, the others keep copies."""
+        for item in self.params:
+            self._read(item)
+        collectives.broadcast(self.values)
+        for item, parts in self._parts.items():
+            if len(parts) == 1:
+                param = self.params[item][1]
+                param.data = self.values[parts[0][1]].view(param.shape)
+        self.copy_out()
+
+    @torch.no_grad()
+    def copy_in(self) -> None:
+        """Take the values of the parameters that are no views, after something else has written them."""
+        for item, parts in self._parts.items():
+            if len(parts) > 1:
+                self._read(item)
+
+    @torch.no_grad()
+    def copy_out(self) -> None:
+        """Give the parameters that are no views their values."""
+        for item, parts in self._parts.items():
+            if len(parts) > 1:
+                target = self.params[item][1].data.view(-1)
+                for inside, place in parts:
+                    target[inside] = self.values[place]
+
+    def _read(self, item: int) -> None:
+        source = self.params[item][1].detach().reshape(-1)
+        for inside, place in self._parts[item]:
+            self.values[place] = source[inside]
+
+    def take(self, item: int) -> None:
+        """Copy a parameter's gradient into what will be sent, and free it."""
+        name, param = self.params[item]
+        assert param.grad is not None
+        if self._send is None:
+            self._send = torch.zeros_like(self.values)
+        source = param.grad.reshape(-1)
+        for inside, place in self._parts[item]:
+            self._send[place] = source[inside]
+        param.grad = None
+        self.with_grad.add(name)
+        self._waiting.discard(item)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether every parameter has given its gradient since the last reduction."""
+        return not self._waiting
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether any parameter has."""
+        return self._send is not None
+
+    def reduce(self) -> None:
+        """Start to average the gradients; parameters that gave none count as zero. One reduce_scatter."""
+        self.collect()
+        send = self._send if self._send is not None else torch.zeros_like(self.values)
+        received = torch.empty_like(self.own)
+        self._pending = collectives.start_reduce_scatter(received, send, "avg"), received
+        self._send, self._waiting = None, set(self.params)
+
+    def collect(self) -> None:
+        """Wait for what was reduced and add it to this rank's gradients."""
+        if self._pending is None:
+            return
+        pending, received = self._pending
+        pending.wait()
+        self._pending = None
+        self.grads = received if self.grads is None else self.grads.add_(received)
+
+    def forget(self) -> None:
+        """Drop gradients, those on their way too."""
+        self.collect()
+        self.grads, self._send, self._waiting = None, None, set(self.params)
+        self.with_grad.clear()
+
+
+class ZeroDataParallel(nn.Module):
+    """Wraps a module for data parallelism with ZeRO stage 1 or 2; pass it to `Muon` as `sharding`, too.
+
+    `matrices` names the parameters that Muon updates, of which `stacks` are (E, out, in); the others are updated
+    elementwise. Parameters must be contiguous plain tensors of one dtype and device; their values are taken from rank
+    0. Gradients come with the backward pass and belong to the optimizer: `param.grad` is None afterwards. In
+    `no_sync()` stage 1 accumulates without communication; stage 2 always reduces.
+
+    Collectives: one broadcast for each bucket at construction; one reduce_scatter a bucket and backward pass (stage 1:
+    step); one all_gather a bucket and step. Raises UserError for parameters that cannot be laid out.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        matrices: set[str],
+        stacks: frozenset[str] = frozenset(),
+        stage: Literal[1, 2] = 1,
+        bucket_bytes: int = 2**26,
+        steps: int = 5,
+    ) -> None:
+        super().__init__()
+        self.module, self.stage, self.stacks = module, stage, stacks
+        named = [(name, param) for name, param in module.named_parameters() if param.requires_grad][::-1]
+        _check(named)
+        items = [item_of(p.shape, has_matrices=name in matrices, is_stack=name in stacks) for name, p in named]
+        numel = max(1, bucket_bytes // named[0][1].element_size())
+        self.plan = plan_buckets(items, collectives.world_size(), numel, steps)
+        self._buckets: list[_Live] = []
+        self._shards: dict[torch.Tensor, ZeroShard] = {}
+        self._is_synced, self._next, self._num_reductions = True, 0, 0
+        for bucket in self.plan:
+            self._add(bucket, items, named)
+        module.register_load_state_dict_post_hook(self._refresh)
+
+    def _add(self, bucket: Bucket, items: list[Item], named: list[tuple[str, nn.Parameter]]) -> None:
+        members = {item: named[item] for item in sorted({entry.item for entry in bucket.entries})}
+        live, number = _Live(bucket, members), len(self._buckets)
+        live.adopt()
+        self._buckets.append(live)
+        for item, (name, param) in members.items():
+            ranges = tuple((e.rank, e.begin, e.end) for e in live.entries[item])
+            own = [e for e in live.entries[item] if e.rank == collectives.rank()]
+            part = slice(own[0].offset, own[-1].offset + own[-1].end - own[-1].begin) if own else slice(0, 0)
+            matrix_numel = items[item].numel // max(1, items[item].count)
+            is_whole = items[item].count > 0 and all(b % matrix_numel == e % matrix_numel == 0 for _, b, e in ranges)
+            layout = flat_ranges(stack_shape(param, is_stack=name in self.stacks), ranges)
+            self._shards[param] = ZeroShard(name, param, layout, is_whole, live, part, ranges)
+            param.register_post_accumulate_grad_hook(self._hook(number, item))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's forward pass."""
+        if self.stage == 2 and torch.is_grad_enabled() and self._is_under_way:
+            self._flush()  # the last backward pass did not reach all parameters
+        return self.module(*args, **kwargs)
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Backward passes inside do not reduce gradients with stage 1; with stage 2 they do all the same."""
+        self._is_synced = False
+        try:
+            yield
+        finally:
+            self._is_synced = True
+
+    def shard(self, name: str, param: torch.Tensor) -> ZeroShard:
+        """What this rank holds of `param`. Raises UserError for one that the module did not have."""
+        if param not in self._shards:
+            raise UserError(f"{name} is no trainable parameter of the module that ZeRO was built for; build it anew")
+        return self._shards[param]
+
+    def before_step(self) -> None:
+        """Reduce what the backward passes have left, and wait for all reductions. Called by all ranks.
+
+        A rank without a backward pass since the last step takes part with zeros, so that none waits for it.
+        """
+        for bucket in self._buckets:
+            for item, (_, param) in bucket.params.items():
+                if param.grad is not None:
+                    bucket.take(item)
+        if self._num_reductions == 0 or self._is_under_way:
+            self._flush()
+        for bucket in self._buckets:
+            bucket.collect()
+
+    def after_step(self) -> None:
+        """Bring every rank's slots to all ranks. One all_gather a bucket, all started before one is waited for."""
+        pending = [collectives.start_all_gather(bucket.values, bucket.own.clone()) for bucket in self._buckets]
+        for bucket, gather in zip(self._buckets, pending, strict=True):
+            gather.wait()
+            bucket.copy_out()
+        self._num_reductions = 0
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop all gradients, those on their way too."""
+        super().zero_grad(set_to_none)
+        for bucket in self._buckets:
+            bucket.forget()
+        self._next, self._num_reductions = 0, 0
+
+    def _hook(self, number: int, item: int) -> Callable[[torch.Tensor], None]:
+        def ready(_: torch.Tensor) -> None:
+            if self.stage == 2 or self._is_synced:
+                self._buckets[number].take(item)
+                # In the order of the buckets on every rank, whatever order their gradients come in.
+                while self._next < len(self._buckets) and self._buckets[self._next].is_ready:
+                    self._reduce_next()
+
+        return ready
+
+    @property
+    def _is_under_way(self) -> bool:
+        """Whether some buckets, but not all, have been reduced in this round, or gradients wait for it."""
+        return self._next > 0 or any(bucket.is_begun for bucket in self._buckets)
+
+    def _reduce_next(self) -> None:
+        self._buckets[self._next].reduce()
+        self._next += 1
+        if self._next == len(self._buckets):
+            self._next = 0
+            self._num_reductions += 1
+
+    def _flush(self) -> None:
+        """Reduce the rest of this round's buckets, complete or not."""
+        for _ in range(self._next, len(self._buckets)):
+            self._reduce_next()
+
+    def _refresh(self, *_: object) -> None:
+        for bucket in self._buckets:
+            bucket.copy_in()
+
+
+def _check(named: list[tuple[str, nn.Parameter]]) -> None:
+    if not named:
+        raise UserError("ZeRO: the module has no trainable parameter")
+    first = named[0][1]
+    for name, param in named:
+        if isinstance(param, DTensor) or not param.is_contiguous():
+            raise UserError(f"ZeRO 1 and 2 take plain contiguous parameters; {name} is not: use stage 3 (FSDP2)")
+        if (param.dtype, param.device) != (first.dtype, first.device):
+            raise UserError(
+                f"ZeRO 1 and 2 take parameters of one dtype and device; {name} has {param.dtype} on {param.device}, "
+                f"{named[0][0]} {first.dtype} on {first.device}"
+            )
