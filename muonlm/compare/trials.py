@@ -17,6 +17,7 @@ from typing import Any, Literal
 from muonlm.config.compare import CompareConfig
 from muonlm.config.errors import UserError
 from muonlm.config.load import apply_overrides, load_train_dict, validate
+from muonlm.config.optim import AdamWConfig, MuonConfig
 from muonlm.config.schema import TrainConfig
 
 Phase = Literal["tune", "final"]
@@ -195,7 +196,7 @@ def train_configs(config: CompareConfig) -> dict[str, dict[str, Any]]:
                 "What else differs between arms would be measured along; put it into the comparison's own [set]."
             )
         raws[arm.name] = apply_overrides(base, arm.set)
-    _check_same_aux(raws, config)
+    _check_fair(raws, config)
     return raws
 
 
@@ -215,12 +216,38 @@ def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _check_same_aux(raws: dict[str, dict[str, Any]], config: CompareConfig) -> None:
+def _check_fair(raws: dict[str, dict[str, Any]], config: CompareConfig) -> None:
+    """What may not differ between arms although it is part of the optimizer."""
+    optims: dict[str, MuonConfig | AdamWConfig] = {
+        arm.name: trial_config(raws[arm.name], arm.lr_sweep()[0], Path("."), config.name).optim
+        for arm in plan_arms(config)
+    }
+    _check_same_aux(optims, config)
+    reference = optims[config.reference]
+    for name, optim in optims.items():
+        if optim.non_finite != reference.non_finite:
+            raise UserError(
+                f"arm {name}: optim.non_finite = {optim.non_finite} ({config.reference}: {reference.non_finite}). What "
+                "becomes of a step that fails must be the same in every arm; set it in the comparison's own [set]."
+            )
+        if _fixed_rates(optim) != _fixed_rates(reference):
+            raise UserError(
+                f"arm {name}: optim.overrides set other learning rates or weight decays than those of "
+                f"{config.reference}. Only lr and aux_lr are tuned, so that an arm may not bring rates of its own: "
+                "leave them out of its overrides, or set the same overrides for all arms in the comparison's own [set]."
+            )
+
+
+def _fixed_rates(optim: MuonConfig | AdamWConfig) -> list[dict[str, Any]]:
+    """The overrides that give a learning rate or a weight decay: whom they select, and what they give."""
+    keys = {"roles", "names", "modules", "lr", "weight_decay"}
+    given = [override for override in optim.overrides if not (override.lr is None and override.weight_decay is None)]
+    return sorted((override.model_dump(include=keys) for override in given), key=str)
+
+
+def _check_same_aux(optims: Mapping[str, MuonConfig | AdamWConfig], config: CompareConfig) -> None:
     """Embedding, head and norms must be under the same AdamW in every arm, learning rate aside."""
-    tables = {}
-    for arm in plan_arms(config):
-        train = trial_config(raws[arm.name], arm.lr_sweep()[0], Path("."), config.name)
-        tables[arm.name] = train.optim.aux.model_dump(exclude={"lr"})
+    tables = {name: optim.aux.model_dump(exclude={"lr"}) for name, optim in optims.items()}
     reference = tables[config.reference]
     for name, table in tables.items():
         if wrong := [key for key in table if table[key] != reference[key]]:

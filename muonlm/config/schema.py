@@ -5,27 +5,32 @@ Sources of truth flow from here: validation, `muonlm train --help` and docs/conf
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import model_validator
 
-# Names become directories, so that `..` and hidden ones are refused.
-NAME_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9._-]*$"
+from muonlm.config.optim import AdamWConfig, AuxConfig, MuonConfig, NewtonSchulzConfig, OptimConfig
+from muonlm.config.section import NAME_PATTERN, Section, field
 
-
-class Section(BaseModel):
-    """A frozen table that refuses keys it does not know."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-    alternatives: ClassVar[tuple[str, ...]] = ()
-    """Keys of which one at most is given: a layer that sets one of them drops the others of the layers below."""
-
-
-def field(default: Any, description: str, *, unit: str = "", **bounds: Any) -> Any:
-    """A documented field. Pass `...` for a required one."""
-    extra: Any = {"unit": unit} if unit else None
-    return Field(default, description=description, json_schema_extra=extra, **bounds)
+__all__ = [
+    "NAME_PATTERN",
+    "AdamWConfig",
+    "AuxConfig",
+    "CheckpointConfig",
+    "DataConfig",
+    "DistConfig",
+    "EvalConfig",
+    "GPTConfig",
+    "LoopConfig",
+    "MuonConfig",
+    "NewtonSchulzConfig",
+    "OptimConfig",
+    "ScheduleConfig",
+    "Section",
+    "TrackConfig",
+    "TrainConfig",
+    "field",
+]
 
 
 class DataConfig(Section):
@@ -85,62 +90,14 @@ class GPTConfig(Section):
         """Number of key and value heads."""
         return self.num_kv_heads or self.num_heads
 
-
-class AuxConfig(Section):
-    """AdamW for what is not a hidden matrix: embedding, head, norms, biases. The same table in every arm."""
-
-    lr: float = field(1.6e-2, "Peak learning rate of embedding, head, norms and biases.", gt=0)
-    beta1: float = field(0.9, "Decay of the first moment.", ge=0, lt=1)
-    beta2: float = field(0.95, "Decay of the second moment.", ge=0, lt=1)
-    eps: float = field(1e-8, "Added to the root of the second moment.", gt=0)
-    weight_decay: float = field(0.0, "Decoupled weight decay of the embedding and the head.", ge=0)
-
-
-class NewtonSchulzConfig(Section):
-    """The matrix iteration that replaces the momentum by its nearest semi-orthogonal matrix."""
-
-    coefficients: Literal["jordan", "quintic", "polar_express"] = field(
-        "polar_express", "Named coefficient set of the Newton-Schulz iteration."
-    )
-    steps: int = field(5, "Iterations.", ge=1, le=20)
-    dtype: Literal["auto", "bfloat16", "float32"] = field(
-        "auto", "Precision of the iterates: auto takes bfloat16 where the device multiplies it fast."
-    )
-    compensated: bool = field(
-        False, "Carry the rounding of the first iterates, which is noise in the update of a gradient of low rank."
-    )
-
-
-class MuonConfig(Section):
-    """Muon on hidden matrices, AdamW (`optim.aux`) on the rest."""
-
-    kind: Literal["muon"] = field("muon", "Optimizer of the hidden matrices.")
-    lr: float = field(4e-3, "Peak learning rate of the hidden matrices.", gt=0)
-    momentum: float = field(0.95, "Momentum coefficient.", ge=0, lt=1)
-    nesterov: bool = field(True, "Look ahead by one momentum step before orthogonalizing.")
-    weight_decay: float = field(0.1, "Decoupled weight decay of the hidden matrices.", ge=0)
-    scaling: Literal["jordan", "spectral", "rms_adamw"] = field(
-        "rms_adamw",
-        "Factor on the orthogonal update of an (out, in) matrix: jordan sqrt(max(1, out/in)), "
-        "spectral sqrt(out/in), rms_adamw 0.2*sqrt(max(out, in)), which gives the RMS of an AdamW update.",
-    )
-    newton_schulz: NewtonSchulzConfig = field(NewtonSchulzConfig(), "Orthogonalization.")
-    aux: AuxConfig = field(AuxConfig(), "AdamW for everything that is not a hidden matrix.")
-
-
-class AdamWConfig(Section):
-    """AdamW everywhere, with a learning rate of its own for hidden matrices and one for the rest."""
-
-    kind: Literal["adamw"] = field("adamw", "Optimizer of the hidden matrices.")
-    lr: float = field(2e-3, "Peak learning rate of the hidden matrices.", gt=0)
-    beta1: float = field(0.9, "Decay of the first moment.", ge=0, lt=1)
-    beta2: float = field(0.95, "Decay of the second moment.", ge=0, lt=1)
-    eps: float = field(1e-8, "Added to the root of the second moment.", gt=0)
-    weight_decay: float = field(0.1, "Decoupled weight decay of the hidden matrices.", ge=0)
-    aux: AuxConfig = field(AuxConfig(), "AdamW for everything that is not a hidden matrix.")
-
-
-OptimConfig = Annotated[MuonConfig | AdamWConfig, Field(discriminator="kind")]
+    def undivided_by(self, size: int) -> list[str]:
+        """What tensor parallelism over `size` ranks would have to divide and does not, with its value."""
+        divided = {
+            "model.num_heads": self.num_heads,
+            "model.num_kv_heads": self.resolved_kv_heads,
+            "model.intermediate_size": self.intermediate_size,
+        }
+        return [f"{name} {value}" for name, value in divided.items() if value % size]
 
 
 class ScheduleConfig(Section):
@@ -211,10 +168,32 @@ class TrackConfig(Section):
 
 
 class DistConfig(Section):
-    """Process group; torchrun's environment decides rank and world size."""
+    """Process group, and what each rank keeps; torchrun's environment decides rank and world size."""
 
     backend: Literal["auto", "gloo", "nccl"] = field("auto", "auto takes nccl on CUDA, gloo on CPU.")
     timeout_s: float = field(600.0, "How long a collective may wait before the run stops.", unit="s", gt=0, le=10**7)
+    zero: Literal[0, 1, 2, 3] = field(
+        0,
+        "What is cut over the data-parallel ranks rather than kept on each: 0 nothing, 1 optimizer state, "
+        "2 gradients too, 3 parameters too (FSDP2).",
+    )
+    replicas: int = field(
+        1, "Copies of the model, each cut over its own share of the ranks (HSDP); more than 1 needs zero = 3.", ge=1
+    )
+    tensor_parallel: int = field(
+        1, "Ranks that share the matrices of each layer; with other ranks beside them it needs zero = 3.", ge=1
+    )
+    reshard_after_forward: bool = field(
+        True, "Whether a block's gathered parameters are freed between forward and backward pass (zero = 3)."
+    )
+
+    @model_validator(mode="after")
+    def _replicas_are_cut(self) -> Self:
+        if self.replicas > 1 and self.zero != 3:
+            raise ValueError(
+                f"replicas {self.replicas} needs zero = 3; with zero = {self.zero} every rank is a replica: leave it 1"
+            )
+        return self
 
 
 class TrainConfig(Section):
@@ -244,6 +223,17 @@ class TrainConfig(Section):
             raise ValueError(
                 f"schedule.warmup_steps {self.schedule.warmup_steps} is more than the {self.num_steps} steps of the "
                 "run; lower it or raise the budget"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _tensor_parallel_fits(self) -> Self:
+        size = self.dist.tensor_parallel
+        if undivided := self.model.undivided_by(size):
+            fitting = [str(n) for n in range(1, self.model.num_heads + 1) if not self.model.undivided_by(n)]
+            raise ValueError(
+                f"dist.tensor_parallel {size} does not divide {' and '.join(undivided)}; "
+                f"what does: {', '.join(fitting)}"
             )
         return self
 

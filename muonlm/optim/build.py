@@ -7,55 +7,60 @@ from typing import Any
 import torch
 from torch import nn
 
-from muonlm.config.schema import AdamWConfig, MuonConfig
+from muonlm.config.optim import AdamWConfig, MuonConfig
 from muonlm.dist.precision import bfloat16_is_fast
 from muonlm.optim.muon import Muon
-from muonlm.optim.rules import assign_rules, named_groups
+from muonlm.optim.rules import ParamRule, assign_rules, groups_of
+from muonlm.optim.shards import Sharding
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def build_optimizer(
-    model: nn.Module, config: MuonConfig | AdamWConfig, *, iterate_dtype: torch.dtype | None = None
+    model: nn.Module,
+    config: MuonConfig | AdamWConfig,
+    *,
+    iterate_dtype: torch.dtype | None = None,
+    rules: list[ParamRule] | None = None,
+    sharding: Sharding | None = None,
 ) -> Muon:
-    """Muon with AdamW for the rest, or AdamW alone, with one parameter group for each role.
+    """Muon with AdamW for the rest, or AdamW alone, with a parameter group for each role and its settings.
 
     Every group has `name`, `rule`, `lr` and `base_lr` (the peak that schedules multiply). `iterate_dtype` is the
     precision of Newton-Schulz where the configuration leaves it to "auto"; a probe of the device decides when it is
-    None, and ranks or restarts that must agree pass it. Raises UserError when a parameter matches no rule.
+    None, and ranks or restarts that must agree pass it. `rules` are those of `assign_rules`, where they are known
+    already; `sharding` is that of `Muon`. Raises what `assign_rules` raises.
     """
-    rules = assign_rules(model, config)
-    groups = []
-    for name, members in named_groups(model, rules).items():
-        rule = next(r for r in rules if r.group == name)
-        group: dict[str, Any] = {
-            "name": name,
-            "params": members,
-            "rule": rule.rule,
-            "lr": rule.lr,
-            "base_lr": rule.lr,
-            "weight_decay": rule.weight_decay,
-        }
-        if rule.rule == "adamw":
-            adam = config if isinstance(config, AdamWConfig) and rule.role == "hidden" else config.aux
-            group.update(betas=(adam.beta1, adam.beta2), eps=adam.eps)
-        groups.append(group)
+    params = dict(model.named_parameters())
+    groups: list[dict[str, Any]] = [
+        {"name": name, "params": [(rule.name, params[rule.name]) for rule in members], **members[0].options()}
+        for name, members in groups_of(rules if rules is not None else assign_rules(model, config)).items()
+    ]
     if isinstance(config, AdamWConfig):
-        return Muon(groups)
+        return Muon(groups, non_finite=config.non_finite, sharding=sharding)
     return Muon(
         groups,
         momentum=config.momentum,
         nesterov=config.nesterov,
+        momentum_form=config.momentum_form,
+        momentum_dtype=_DTYPES.get(config.momentum_dtype),
+        cautious=config.cautious,
         scaling=config.scaling,
         coefficients=config.newton_schulz.coefficients,
         steps=config.newton_schulz.steps,
         dtype=_iterate_dtype(config, model, iterate_dtype),
         compensated=config.newton_schulz.compensated,
+        non_finite=config.non_finite,
+        bucket_bytes=config.exchange.bucket_bytes,
+        depth=config.exchange.depth,
+        split_min_flops=config.exchange.split_min_flops,
+        sharding=sharding,
     )
 
 
 def _iterate_dtype(config: MuonConfig, model: nn.Module, decided: torch.dtype | None) -> torch.dtype:
-    name = config.newton_schulz.dtype
-    if name != "auto":
-        return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
+    if config.newton_schulz.dtype != "auto":
+        return _DTYPES[config.newton_schulz.dtype]
     if decided is not None:
         return decided
     device = next(model.parameters()).device

@@ -6,11 +6,14 @@ bfloat16, `model.attention` of "auto" as matmul unless `loop.device` is "cuda". 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from muonlm.config.errors import UserError
+from muonlm.config.ranks import micro_batch_size, rank_grid
 from muonlm.config.schema import GPTConfig, MuonConfig, TrainConfig
 from muonlm.model.flops import count_parameters, flops_per_token, hidden_matrices
+from muonlm.optim.pieces import Piece
+from muonlm.plan.matrices import muon_matrices
 
 FP32_BYTES = 4
 ROW_BLOCK = 64  # of muonlm.model.attention, which imports torch; a test holds the two equal
@@ -51,31 +54,33 @@ class Forecast:
 def forecast(config: TrainConfig, *, world_size: int, vocab_size: int) -> Forecast:
     """Forecast the run that `config` describes on `world_size` ranks.
 
-    Parameters, gradients and optimizer state are fp32 and on every rank (DistributedDataParallel). Communication is
+    Parameters, gradients and optimizer state are fp32 and on every rank (DistributedDataParallel): what `dist.zero` and
+    tensor parallelism save, and what they send instead, is not forecast. Communication is
     that of ring algorithms on D ranks: 2 (D-1)/D of the gradients, (D-1)/D of the orthogonalized matrices; padding
     of uneven owners and scalar reductions are left out.
 
     Raises:
-        UserError: `loop.batch_size` does not divide into ranks and micro-batches.
+        UserError: the ranks do not divide as `dist` asks, or `loop.batch_size` into ranks and micro-batches.
     """
-    micro_batch, micro_steps = _micro_batch(config, world_size)
+    num_data_ranks = rank_grid(config, world_size).data
+    micro_batch = micro_batch_size(config, num_data_ranks)
     counts = count_parameters(config.model, vocab_size)
-    is_muon = isinstance(config.optim, MuonConfig)
+    pieces = muon_matrices(config, vocab_size)
+    under_muon = sum(piece.rows * piece.cols for piece in pieces)
     tokens = config.num_steps * config.batch_tokens
-    moments = 2 * counts["total"] - (counts["hidden"] if is_muon else 0)
-    gathered_bytes = counts["hidden"] * _iterate_bytes(config) if is_muon else 0
+    gathered_bytes = under_muon * _iterate_bytes(config)
     return Forecast(
         world_size=world_size,
         parameters=counts,
         tokens=tokens,
         steps=config.num_steps,
-        micro_steps=micro_steps,
+        micro_steps=config.loop.batch_size // (num_data_ranks * micro_batch),
         model_flops=tokens * flops_per_token(config.model, vocab_size, config.data.seq_len),
-        newton_schulz_flops=config.num_steps * newton_schulz_flops(config),
+        newton_schulz_flops=config.num_steps * newton_schulz_flops(config, pieces),
         memory_bytes={
             "parameters": FP32_BYTES * counts["total"],
             "gradients": FP32_BYTES * counts["total"],
-            "optimizer_state": FP32_BYTES * moments,
+            "optimizer_state": 2 * FP32_BYTES * (counts["total"] - under_muon) + _momentum_bytes(config) * under_muon,
             "activations": activation_bytes(config, micro_batch, vocab_size),
         },
         communication_bytes={
@@ -85,32 +90,22 @@ def forecast(config: TrainConfig, *, world_size: int, vocab_size: int) -> Foreca
     )
 
 
-def _micro_batch(config: TrainConfig, world_size: int) -> tuple[int, int]:
-    """Sequences of one forward pass, and passes of a step."""
-    batch, micro = config.loop.batch_size, config.loop.micro_batch_size
-    per_pass = world_size * (micro or 1)
-    if batch % per_pass:
-        parts = f"{world_size} ranks" + (f" x loop.micro_batch_size {micro}" if micro else "")
-        raise UserError(
-            f"loop.batch_size {batch} is not divisible by {parts} = {per_pass}; "
-            f"take loop.batch_size={max(batch // per_pass, 1) * per_pass} or another number of ranks"
-        )
-    share = batch // world_size
-    return micro or share, share // (micro or share)
-
-
 def _iterate_bytes(config: TrainConfig) -> int:
     optim = config.optim
     return FP32_BYTES if isinstance(optim, MuonConfig) and optim.newton_schulz.dtype == "float32" else 2
 
 
-def newton_schulz_flops(config: TrainConfig) -> int:
+def _momentum_bytes(config: TrainConfig) -> int:
+    optim = config.optim
+    return 2 if isinstance(optim, MuonConfig) and optim.momentum_dtype == "bfloat16" else FP32_BYTES
+
+
+def newton_schulz_flops(config: TrainConfig, pieces: Sequence[Piece]) -> int:
     """FLOPs of one optimizer step's orthogonalizations: steps * (4 m^2 n + 2 m^3) a matrix, m its shorter side."""
     if not isinstance(config.optim, MuonConfig):
         return 0
-    sides = [sorted(shape) for shape in hidden_matrices(config.model).values()]
-    one_block = sum(4 * m * m * n + 2 * m**3 for m, n in sides)
-    return config.optim.newton_schulz.steps * config.model.num_layers * one_block
+    sides = [sorted((piece.rows, piece.cols)) for piece in pieces]
+    return config.optim.newton_schulz.steps * sum(4 * m * m * n + 2 * m**3 for m, n in sides)
 
 
 def activation_bytes(config: TrainConfig, micro_batch: int, vocab_size: int) -> int:

@@ -74,6 +74,32 @@ def test_arms_may_differ_in_their_optimizer_only(config, changed: dict, message:
         train_configs(config.model_copy(update={"arms": arms}))
 
 
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (
+            {"optim.overrides": [{"roles": ["head"], "lr": 1e-3}]},
+            r"arm muon: optim\.overrides set other learning rates",
+        ),
+        ({"optim.overrides": [{"names": ["*"], "weight_decay": 0.5}]}, r"optim\.overrides set other learning rates"),
+        ({"optim.non_finite": "skip"}, r"arm muon: optim\.non_finite = skip \(adamw: raise\)"),
+    ],
+)
+def test_what_no_arm_may_have_to_itself(config, changed: dict, message: str) -> None:
+    arms = [config.arms[0], config.arms[1].model_copy(update={"set": {"optim.kind": "muon"} | changed})]
+    with pytest.raises(UserError, match=message):
+        train_configs(config.model_copy(update={"arms": arms}))
+    train_configs(config.model_copy(update={"set": changed}))
+
+
+def test_an_arm_may_say_what_muon_takes(config) -> None:
+    changed = {"optim.kind": "muon", "optim.overrides": [{"names": ["*.q_proj.weight"], "rule": "adamw"}]}
+    arms = [config.arms[0], config.arms[1].model_copy(update={"set": changed})]
+    raws = train_configs(config.model_copy(update={"arms": arms}))
+    assert "overrides" not in raws["adamw"]["optim"]
+    assert raws["muon"]["optim"]["overrides"] == changed["optim.overrides"]
+
+
 def test_unsorted_grids_are_refused(config) -> None:
     arms = [config.arms[0], config.arms[1].model_copy(update={"aux_lr": [6.4e-2, 3.2e-2, 1.6e-2]})]
     with pytest.raises(UserError, match=r"aux_lr .* is not ascending"):

@@ -91,7 +91,7 @@ def test_all_problems_of_all_layers_in_one_message(folder: Path) -> None:
           base.toml:16: eval.tokens = true
               must be a whole number, at least 1 [tokens]
           command line: optim.wd = 3
-              unknown key; [optim] has kind, lr, beta1, beta2, eps, weight_decay, aux
+              unknown key; [optim] has kind, lr, beta1, beta2, eps, weight_decay, non_finite, aux, overrides
           command line: loop.batch_size = "8"
               must be a whole number, at least 1 and at most 10000000 [sequences]; write 8 without quotes
           command line: track = 5
@@ -276,3 +276,60 @@ def test_no_jargon_of_the_validation_library() -> None:
     text = error_of(TrainConfig, raw)
     for word in ("Input should", "valid", "dictionary", "instance", "discriminator", "tag", "extra", "Value error"):
         assert word not in text
+
+
+def test_overrides_of_the_optimizer(folder: Path) -> None:
+    bad = VALID + dedent("""
+        [[optim.overrides]]
+        lr = 0.1
+        [[optim.overrides]]
+        names = "*.q_proj.weight"
+        rule = "sgd"
+        [[optim.overrides]]
+        roles = ["hiden"]
+        lr = -1
+        weight_deacy = 0.1
+        [[optim.overrides]]
+        modules = ["Linear"]
+        [[optim.overrides]]
+        modules = ["Linear"]
+        rule = "adamw"
+        scaling = "jordan"
+        [[optim.overrides]]
+        modules = ["Linear"]
+        [optim.overrides.split]
+        sizes = [0]
+    """)
+    assert train_error(mine=bad) == golden("""
+        mine.toml: 9 problems
+          mine.toml:9: [optim.overrides[0]]
+              select parameters by at least one of roles, names and modules
+          mine.toml:12: optim.overrides[1].names = "*.q_proj.weight"
+              must be a list of texts, not empty
+          mine.toml:13: optim.overrides[1].rule = "sgd"
+              must be "muon" or "adamw"
+          mine.toml:15: optim.overrides[2].roles[0] = "hiden"
+              must be "hidden", "experts", "convolution", "embedding", "head", "router", "norm" or "bias";
+              did you mean "hidden"?
+          mine.toml:16: optim.overrides[2].lr = -1
+              must be a number, above 0
+          mine.toml:17: optim.overrides[2].weight_deacy = 0.1
+              unknown key; did you mean optim.overrides[2].weight_decay?
+          mine.toml:18: [optim.overrides[3]]
+              nothing is changed: give at least one of group, rule, lr, weight_decay, scaling, split
+          mine.toml:23: optim.overrides[4].scaling = "jordan"
+          mine.toml:22: optim.overrides[4].rule = "adamw"
+              scaling and split say nothing about parameters with rule = "adamw"
+          mine.toml:27: optim.overrides[5].split.sizes = [0]
+              every number in sizes must be at least 1
+    """)
+
+
+def test_muon_in_an_override_needs_its_kind(folder: Path) -> None:
+    bad = VALID + '[optim]\nkind = "adamw"\n[[optim.overrides]]\nroles = ["head"]\nrule = "muon"\n'
+    assert train_error(mine=bad) == golden("""
+        mine.toml: 1 problem
+          mine.toml:10: optim.overrides = [{roles = ["head"], rule = "muon"}]
+          mine.toml:9: optim.kind = "adamw"
+              optim.overrides with rule = "muon" need optim.kind = "muon"
+    """)

@@ -32,6 +32,8 @@ def leaf_keys(model: type[BaseModel]) -> set[str]:
             return set().union(*(walk(part, f"{prefix}.{name}") for name, part in node["properties"].items()))
         if node.get("items", {}).get("$ref"):
             return walk(node["items"], prefix)
+        if node.get("type") == "null":  # what may be left out is listed under its other type
+            return set()
         return {prefix.lstrip(".")}
 
     return walk(schema, "")

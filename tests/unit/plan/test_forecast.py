@@ -17,6 +17,7 @@ from muonlm.model.flops import flops_per_token
 from muonlm.optim.build import build_optimizer
 from muonlm.plan import forecast as module
 from muonlm.plan.forecast import activation_bytes, forecast, table
+from muonlm.plan.matrices import muon_matrices
 from muonlm_kernels import matmul_flops
 
 MODEL = {
@@ -29,12 +30,12 @@ MODEL = {
 }
 
 
-def make(optim: str = "muon", model: dict | None = None, **loop: object) -> TrainConfig:
+def make(optim: str = "muon", model: dict | None = None, settings: dict | None = None, **loop: object) -> TrainConfig:
     raw = {
         "name": "x",
         "data": {"path": "x", "seq_len": 32},
         "model": MODEL | (model or {}),
-        "optim": {"kind": optim},
+        "optim": {"kind": optim} | (settings or {}),
         "schedule": {"warmup_steps": 1},
         "loop": {"steps": 10, "batch_size": 8} | loop,
     }
@@ -76,7 +77,33 @@ def test_adamw_has_no_newton_schulz_and_one_rank_sends_nothing() -> None:
 @pytest.mark.parametrize("optim", ["muon", "adamw"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_optimizer_state_is_the_real_one(optim: str, tied: bool) -> None:
-    config = make(optim, {"tie_embeddings": tied})
+    assert_state_is_the_real_one(make(optim, {"tie_embeddings": tied}))
+
+
+OVERRIDES = [
+    {"names": ["*.q_proj.weight", "*.1.mlp.up_proj.weight"], "rule": "adamw"},
+    {"roles": ["head"], "rule": "muon", "split": {"sizes": [40, 60]}},
+    {"names": ["*.k_proj.weight"], "split": {"sizes": [16], "groups": 2, "separate_groups": True}},
+    {"modules": ["Linear"], "names": ["*.o_proj.weight"], "lr": 0.5},
+]
+
+
+def test_state_with_overrides_and_momentum_in_bfloat16() -> None:
+    assert_state_is_the_real_one(make(settings={"overrides": OVERRIDES, "momentum_dtype": "bfloat16"}))
+
+
+def test_matrices_with_overrides_are_the_real_ones() -> None:
+    config = make(settings={"overrides": OVERRIDES})
+    plan = build_optimizer(build_model(config.model, 100, 0), config.optim, iterate_dtype=torch.float32).plan()
+    pieces = muon_matrices(config, 100)
+    assert sorted((p.label, p.rows, p.cols) for p in pieces) == sorted((p.label, p.rows, p.cols) for p in plan.pieces)
+    planned = forecast(config, world_size=1, vocab_size=100)
+    assert planned.newton_schulz_flops == 10 * sum(plan.assignment.loads_flops)
+    with pytest.raises(UserError, match=r"optim\.overrides: lm_head\.weight: a split .* covers 100 of the 99 rows"):
+        forecast(config, world_size=1, vocab_size=99)
+
+
+def assert_state_is_the_real_one(config: TrainConfig) -> None:
     model = build_model(config.model, 100, 0)
     optimizer = build_optimizer(model, config.optim)
     ids = torch.zeros(1, 32, dtype=torch.int64)
