@@ -83,7 +83,8 @@ def run_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[An
     def run(
         fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 60.0, join: bool = True
     ) -> list[Any]:
-        importlib.import_module("torch.distributed")  # so that the ranks need not each
+        for module in ("torch.distributed", "torch._dynamo"):  # so that the ranks need not each, a second every time
+            importlib.import_module(module)
         scratch = tmp_path_factory.mktemp("ranks")
         context = multiprocessing.get_context("fork")
         port = _free_port()

@@ -26,16 +26,13 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.state_dict import (
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
 from muonlm.config.errors import UserError
 from muonlm.dist import collectives
 from muonlm.dist.agree import on_main
+from muonlm.optim.muon import Muon
+from muonlm.optim.state import named_state
 
 FOLDER = "checkpoints"
 MARKER = "complete.json"
@@ -54,14 +51,15 @@ def save(
     run_dir: str | Path,
     step: int,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Muon,
     extra: dict[str, Any],
     keep: int,
 ) -> Path:
     """Write the checkpoint of `step`, then remove all but the newest `keep`; called by all ranks.
 
-    `extra` must be JSON. `model` may be wrapped in DistributedDataParallel. Collectives: those of dcp.save (plans of a
-    few kB) and three small ones. Raises UserError when the disk is full or fails; what is there stays as it was.
+    `extra` must be JSON. `model` may be wrapped in DistributedDataParallel, or sharded by FSDP2 and tensor parallelism:
+    each rank writes what it has, and of what several have one does. Collectives: those of dcp.save (plans of a few kB)
+    and three small ones. Raises UserError when the disk is full or fails; what is there stays as it was.
     """
     folder = Path(run_dir) / FOLDER
     target = folder / step_name(step)
@@ -86,11 +84,11 @@ def latest(run_dir: str | Path) -> Path | None:
     return None
 
 
-def load(path: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def load(path: str | Path, model: nn.Module, optimizer: Muon) -> dict[str, Any]:
     """Restore model, optimizer and random state in place, bit for bit, and return the `extra` of `save`.
 
-    Called by all ranks, of which there may be another number than when it was saved. Raises UserError when the
-    checkpoint does not fit the model or cannot be read.
+    Called by all ranks, of which there may be another number than when it was saved, sharding in another way; each
+    reads its parts. Raises UserError when the checkpoint does not fit the model or cannot be read.
     """
     path = Path(path)
     state = _state(model, optimizer)
@@ -106,9 +104,8 @@ def load(path: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer) -
             f"checkpoint {path} cannot be loaded: {_reason(error)}. Delete that directory to go on from the one "
             "before it, or start over with --fresh"
         ) from error
+    # All tensors are loaded in place; this tells an engine that keeps copies of parameters.
     set_model_state_dict(model, state["model"])
-    full = get_optimizer_state_dict(model, optimizer)
-    set_optimizer_state_dict(model, optimizer, {**full, "state": state["optimizer"]})
     torch.set_rng_state(state["random"]["cpu"])
     if "cuda" in state["random"]:
         torch.cuda.set_rng_state(state["random"]["cuda"])
@@ -120,14 +117,14 @@ def step_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def _state(model: nn.Module, optimizer: Muon) -> dict[str, Any]:
     """What is saved; also the template that is loaded into. Names are those of the model without any wrapper."""
     random = {"cpu": torch.get_rng_state()}
     if next(model.parameters()).is_cuda:
         random["cuda"] = torch.cuda.get_rng_state()
     return {
         "model": get_model_state_dict(model),
-        "optimizer": get_optimizer_state_dict(model, optimizer)["state"],
+        "optimizer": named_state(optimizer),
         "random": random,
     }
 
@@ -137,7 +134,7 @@ def _make_room(folder: Path, temporary: Path, state: dict[str, Any]) -> None:
     for left_over in folder.glob(_TEMPORARY + "*"):
         shutil.rmtree(left_over)
     temporary.mkdir()
-    needed = sum(t.numel() * t.element_size() for t in _tensors(state))
+    needed = sum(t.size().numel() * t.dtype.itemsize for t in _tensors(state))  # of logical tensors, all ranks' parts
     free = shutil.disk_usage(folder).free
     if free < needed * 1.02 + 2**20:
         raise OSError(errno.ENOSPC, f"the checkpoint needs {needed / 2**20:,.0f} MiB, {free / 2**20:,.0f} MiB are free")

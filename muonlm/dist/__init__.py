@@ -1,1 +1,1 @@
-"""Process groups, counted collectives, and what the device is good at. Knows nothing of models or optimizers."""
+"""Process groups, meshes, wrapping, counted collectives, and what the device is good at. Knows no model or optimizer."""

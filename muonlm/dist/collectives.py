@@ -114,9 +114,7 @@ def start_all_gather(output: torch.Tensor, input: torch.Tensor, group: Group = N
     return Pending("all_gather", work, output, input)
 
 
-def start_reduce_scatter(
-    output: torch.Tensor, input: torch.Tensor, op: Op = "sum", group: Group = None
-) -> Pending:
+def start_reduce_scatter(output: torch.Tensor, input: torch.Tensor, op: Op = "sum", group: Group = None) -> Pending:
     """Reduce `input` over the ranks and give each an equal part of it, in rank order. Counts the bytes of `input`."""
     if not is_active():
         output.copy_(input)

@@ -1,4 +1,4 @@
-"""RMSNorm and SwiGLU with hand-written gradients for the CPU, and the rotary tables.
+"""RMSNorm and SwiGLU with hand-written gradients for the CPU, rotary tables, and layers of weights that may be cut.
 
 On a CPU, autocast's casts and the many small elementwise kernels of the composed forms cost more than the
 matrix products of a small model. Each function here makes few passes, keeps its statistics in fp32 and emits
@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from muonlm.model.regions import local
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -71,10 +73,27 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise (..., size) -> (..., size)."""
+        weight = local(self.weight)
         if x.device.type == "cpu":
-            out: Tensor = _RMSNorm.apply(x.contiguous(), self.weight, self.epsilon, compute_dtype(x))
+            out: Tensor = _RMSNorm.apply(x.contiguous(), weight, self.epsilon, compute_dtype(x))
             return out
-        return F.rms_norm(x, self.normalized_shape, self.weight, self.epsilon)
+        return F.rms_norm(x, self.normalized_shape, weight, self.epsilon)
+
+
+class Linear(nn.Linear):
+    """A projection without bias that computes with the part of its weight that is on this rank."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        return F.linear(input, local(self.weight))
+
+
+class Embedding(nn.Embedding):
+    """A table of vectors that computes with the part of it that is on this rank."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Ids (...) -> (..., D)."""
+        return F.embedding(input, local(self.weight))
 
 
 class _SwiGLU(torch.autograd.Function):

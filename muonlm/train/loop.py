@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,7 @@ def _lost_ranks(world: World, run: RunDirectory) -> Iterator[None]:
 def _train(config: TrainConfig, world: World, run: RunDirectory, stop: StopSignals) -> RunStatus:
     parts = build(config, world, run.recorded)
     progress = _restore(parts, run)
+    _show_rules(parts)
     with _open_tracker(parts, run, progress) as tracker:
         run.begin(parts.environment, parts.rules)
         run.update("running", progress)
@@ -85,8 +86,11 @@ def _train(config: TrainConfig, world: World, run: RunDirectory, stop: StopSigna
             result = take_step(parts, progress.step, progress.sequences, measure=is_recorded, stop=stop.requested)
             meter.add(result, progress)
             stopping = result.stop
-            if is_recorded:
+            if result.is_skipped:
+                tracker.event(event_record(progress, "skipped"))
+            elif is_recorded:
                 tracker.train(meter.train_record(result, progress))
+            if is_recorded:
                 run.update("running", progress)
             if is_last or _is_due(number, config.eval.interval_steps):
                 _evaluate(parts, progress, tracker, is_last=is_last)
@@ -97,6 +101,12 @@ def _train(config: TrainConfig, world: World, run: RunDirectory, stop: StopSigna
             return run.end("preempted", progress)
         tracker.event(event_record(progress, "finished", final_loss=progress.final_loss))
         return run.end("finished", progress)
+
+
+def _show_rules(parts: Parts) -> None:
+    if parts.world.is_main and parts.config.track.console:
+        with suppress(OSError):  # a terminal or pipe that has gone is no reason to stop the run
+            print(parts.rules, flush=True)
 
 
 def _is_due(step: int, interval: int) -> bool:
@@ -137,7 +147,7 @@ def _measure(parts: Parts, progress: Progress, indices: np.ndarray, *, final: bo
         parts.validation_data,
         indices,
         batch_size=parts.micro_batch,
-        world=parts.world,
+        mesh=parts.mesh,
         dtype=parts.dtype,
     )
     if not math.isfinite(loss):

@@ -24,6 +24,7 @@ class Meter:
         progress.seconds += result.seconds
         self._steps += 1
         self._seconds += result.seconds
+        self._skipped += result.is_skipped
         # Only a measured step waits for the GPU; on a CPU every step's optimizer time is exact.
         if result.updates is not None or self._parts.world.device.type == "cpu":
             self._optimizer_s.append(result.optimizer_s)
@@ -53,12 +54,15 @@ class Meter:
         record["clip_factor"] = result.grads.clip_factor
         record["update_norms"] = result.updates.by_group
         record["update_rms"] = result.updates.rms_by_group
+        if self._skipped:
+            record["skipped_steps"] = self._skipped
         self._clear()
         return record
 
     def _clear(self) -> None:
         self._steps = 0
         self._seconds = 0.0
+        self._skipped = 0
         self._optimizer_s: list[float] = []
 
 

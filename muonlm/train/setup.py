@@ -17,17 +17,25 @@ from torch.nn.parallel import DistributedDataParallel
 
 import muonlm
 from muonlm.config.errors import UserError
+from muonlm.config.ranks import micro_batch_size
 from muonlm.config.schema import TrainConfig
 from muonlm.data.dataset import TokenDataset, open_split
 from muonlm.data.loader import BatchOrder, batch
 from muonlm.dist.agree import on_main, raised_on_all_ranks
+from muonlm.dist.mesh import Mesh, make_mesh
 from muonlm.dist.precision import bfloat16_is_fast
 from muonlm.dist.process import World
+from muonlm.dist.wrap import wrap
 from muonlm.model.build import build_model
 from muonlm.model.flops import flops_per_token
+from muonlm.model.gpt import GPT
+from muonlm.model.parallel import shard_tensors
 from muonlm.optim.build import build_optimizer
 from muonlm.optim.muon import Muon
-from muonlm.optim.rules import assign_rules, rules_table
+from muonlm.optim.rules import ParamRule, assign_rules
+from muonlm.optim.rules_table import rules_table
+from muonlm.optim.shards import Sharding
+from muonlm.optim.zero import ZeroDataParallel
 from muonlm.train.evaluate import eval_indices
 from muonlm.train.peak_flops import peak_flops
 from muonlm.train.reference import check_reference
@@ -39,12 +47,14 @@ _log = logging.getLogger(__name__)
 class Parts:
     """What the loop works with. `model` is the bare model, `wrapped` the one whose backward pass averages gradients.
 
-    `micro_batch` is in sequences; `eval_indices` and `final_indices` are the validation sequences of the evaluations
-    along the way and at the end; `peak_flops` is that of all ranks together, None when unknown.
+    They are one and the same where parameters are sharded. `micro_batch` is in sequences; `eval_indices` and
+    `final_indices` are the validation sequences of the evaluations along the way and at the end; `peak_flops` is that
+    of all ranks together, None when unknown.
     """
 
     config: TrainConfig
     world: World
+    mesh: Mesh
     train_data: TokenDataset
     validation_data: TokenDataset
     order: BatchOrder
@@ -63,7 +73,7 @@ class Parts:
     @property
     def rank_batch(self) -> int:
         """Sequences of one optimizer step on this rank."""
-        return self.config.loop.batch_size // self.world.size
+        return self.config.loop.batch_size // self.mesh.data_size
 
 
 def build(config: TrainConfig, world: World, recorded: dict[str, Any]) -> Parts:
@@ -77,29 +87,33 @@ def build(config: TrainConfig, world: World, recorded: dict[str, Any]) -> Parts:
     torch.manual_seed(config.seed)
     train_data, validation_data = _open_data(config, world)
     vocab_size = config.model.vocab_size or train_data.vocab_size
-    micro_batch = micro_batch_size(config, world.size)
+    mesh = make_mesh(config, world)
+    micro_batch = micro_batch_size(config, mesh.data_size)
     decided = on_main(lambda: _decide_precision(config, world, recorded))
     dtype, iterate_dtype = (getattr(torch, decided[key]) for key in ("precision", "newton_schulz_dtype"))
     with raised_on_all_ranks():
-        model = build_model(config.model, vocab_size, config.seed).to(world.device)
-        rules = rules_table(assign_rules(model, config.optim))
-        optimizer = build_optimizer(model, config.optim, iterate_dtype=iterate_dtype)
+        model = build_model(config.model, vocab_size, config.seed)
+        rules = assign_rules(model, config.optim)
         on_way = eval_indices(validation_data.num_sequences, config.data.seq_len, config.eval.tokens)
         at_end = eval_indices(validation_data.num_sequences, config.data.seq_len, config.eval.final_tokens)
         if world.is_main:
             _say_if_short(config, validation_data.num_sequences)
             check_reference(config, validation_data, len(on_way) * config.data.seq_len)
+    wrapped, sharding = _spread(model, rules, mesh, config)
+    with raised_on_all_ranks():
+        optimizer = build_optimizer(model, config.optim, iterate_dtype=iterate_dtype, rules=rules, sharding=sharding)
     peak = config.track.peak_flops or (world.device.type == "cuda" and peak_flops(_device_name(world))) or None
     parts = Parts(
         config=config,
         world=world,
+        mesh=mesh,
         train_data=train_data,
         validation_data=validation_data,
         order=BatchOrder(train_data.num_sequences, config.seed),
         eval_indices=on_way,
         final_indices=at_end,
         model=model,
-        wrapped=_wrap(model, world),
+        wrapped=wrapped,
         optimizer=optimizer,
         dtype=dtype,
         micro_batch=micro_batch,
@@ -108,27 +122,14 @@ def build(config: TrainConfig, world: World, recorded: dict[str, Any]) -> Parts:
         environment={
             **describe_machine(world),
             **decided,
+            "ranks": mesh.grid._asdict(),
             "tokenizer_fingerprint": train_data.tokenizer_fingerprint,
             "validation_fingerprint": validation_data.fingerprint,
         },
-        rules=rules,
+        rules=rules_table(rules, optimizer.plan()),
     )
     _settle_buckets(parts)
     return parts
-
-
-def micro_batch_size(config: TrainConfig, world_size: int) -> int:
-    """Sequences per rank and forward pass. Raises UserError when the batch does not divide into them."""
-    batch_size, micro = config.loop.batch_size, config.loop.micro_batch_size
-    per_pass = world_size * (micro or 1)
-    if batch_size % per_pass:
-        near = max(batch_size // per_pass, 1) * per_pass
-        raise UserError(
-            f"loop.batch_size {batch_size} is not divisible by "
-            f"{world_size} ranks" + (f" x loop.micro_batch_size {micro}" if micro else "") + f" = {per_pass}; "
-            f"take loop.batch_size={near}, or another number of ranks" + (" or micro-batch" if micro else "")
-        )
-    return micro or batch_size // world_size
 
 
 def describe_machine(world: World) -> dict[str, Any]:
@@ -197,21 +198,30 @@ def _say_if_short(config: TrainConfig, available: int) -> None:
             _log.warning("%s is %d, less than one sequence; evaluating on one of %d tokens", option, tokens, seq_len)
 
 
-def _wrap(model: nn.Module, world: World) -> nn.Module:
-    if world.size == 1:
-        return model
-    devices = [world.device.index] if world.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+def _spread(model: GPT, rules: list[ParamRule], mesh: Mesh, config: TrainConfig) -> tuple[nn.Module, Sharding | None]:
+    """Bring the model, the same on all ranks, to the device and over the ranks as the configuration says.
+
+    Returns what is to be called for the loss, and the engine that the optimizer needs to know of, if there is one.
+    """
+    if mesh.tensor is not None:
+        shard_tensors(model, mesh.tensor)
+    elif mesh.sharded is None:  # FSDP2 brings block by block to the device
+        model.to(mesh.device)
+    if config.dist.zero in (1, 2) and mesh.data_size > 1:
+        matrices = {rule.name for rule in rules if rule.rule == "muon"}
+        engine = ZeroDataParallel(model, matrices=matrices, stage=1 if config.dist.zero == 1 else 2)
+        return engine, engine
+    return wrap(model, model.blocks, mesh, reshard_after_forward=config.dist.reshard_after_forward), None
 
 
 def _settle_buckets(parts: Parts) -> None:
-    """Two forward and backward passes whose gradients are thrown away, when there are several ranks.
+    """Two forward and backward passes whose gradients are thrown away, under DistributedDataParallel.
 
     DistributedDataParallel lays its gradient buckets out anew after the first backward pass. With three or more
     ranks the layout decides in which order a sum is rounded, so that the first step after a restart would differ
     from the same step of a run that was not interrupted.
     """
-    if parts.world.size == 1:
+    if not isinstance(parts.wrapped, DistributedDataParallel):
         return
     ids, labels = batch(parts.train_data, parts.order, 0, 1)
     for _ in range(2):  # the new layout is taken up by the forward pass that follows

@@ -11,9 +11,11 @@ import torch
 
 from muonlm.data.loader import batch
 from muonlm.dist import collectives
+from muonlm.dist.wrap import without_gradient_sync
 from muonlm.optim.gradients import GradNorms, NonFiniteGradient
 from muonlm.optim.measure import UpdateNorms
 from muonlm.optim.schedules import lr_multiplier, set_learning_rates
+from muonlm.optim.shards import Shard
 from muonlm.train.setup import Parts
 
 
@@ -29,6 +31,7 @@ class Diverged(NonFiniteGradient):
 class StepResult:
     """What one optimizer step did. `loss` is the mean over the global batch; `seconds` leaves measuring out.
 
+    `is_skipped`: a loss or gradient was not finite, and nothing was updated (`optim.non_finite = "skip"`).
     `updates` is None when the step was not measured; then, on a GPU, `optimizer_s` is not waited for either and
     part of it shows up in the next step.
     """
@@ -39,14 +42,15 @@ class StepResult:
     updates: UpdateNorms | None
     seconds: float
     optimizer_s: float
+    is_skipped: bool
 
 
 def take_step(parts: Parts, step: int, sequences: int, *, measure: bool, stop: bool) -> StepResult:
     """Train on the global samples from `sequences` on; `step` counts from 0. Called by all ranks.
 
     `stop` says that this rank was asked to stop; the result's `stop` is true on all ranks when any was. Collectives:
-    DistributedDataParallel's gradient all-reduce, one all_reduce of four fp64 numbers, and the optimizer's. Raises
-    Diverged on all ranks.
+    those that average gradients, with FSDP2 and tensor parallelism also those of the forward pass; one all_reduce of
+    four fp64 numbers; and the optimizer's. Raises Diverged on all ranks.
     """
     config, optimizer = parts.config, parts.optimizer
     begin = time.perf_counter()
@@ -64,20 +68,26 @@ def take_step(parts: Parts, step: int, sequences: int, *, measure: bool, stop: b
         if measure:
             _wait(parts)
         update_begin = time.perf_counter()
-        optimizer.step()
+        if not math.isnan(mean_loss):  # gradients may be finite where the loss is not
+            optimizer.step()
         if measure:
             _wait(parts)
         optimizer_s = time.perf_counter() - update_begin
     optimizer.zero_grad(set_to_none=True)
     if updates is not None and not all(map(math.isfinite, updates.by_group.values())):
         raise Diverged(f"step {step + 1}: the norm of the update overflows ({updates.by_group}); {_LOWER}")
-    return StepResult(mean_loss, stop, grads, updates, before_update + optimizer_s, optimizer_s)
+    is_skipped = grads.is_skipped or math.isnan(mean_loss)
+    return StepResult(mean_loss, stop, grads, updates, before_update + optimizer_s, optimizer_s, is_skipped)
 
 
 def check_finite(parts: Parts, step: int) -> None:
-    """Raise Diverged, on all ranks, when a parameter is not finite after `step` updates: before it is saved."""
-    norms = torch.stack(torch._foreach_norm(list(parts.model.parameters()), math.inf))
-    if not bool(torch.isfinite(norms).all()):
+    """Raise Diverged, on all ranks, when a parameter is not finite after `step` updates: before it is saved.
+
+    One all_reduce of one integer.
+    """
+    values = [value for shard in _shards(parts).values() if (value := shard.local()).numel()]
+    is_finite = not values or bool(torch.isfinite(torch.stack(torch._foreach_norm(values, math.inf))).all())
+    if collectives.any_rank(not is_finite):
         raise Diverged(f"step {step}: {_first_non_finite(parts)} is not finite after the update; {_LOWER}")
 
 
@@ -89,13 +99,13 @@ def _accumulate(parts: Parts, sequences: int) -> torch.Tensor:
     """Add up the gradients of this rank's slice of the global batch; returns its mean loss, fp64, on the device."""
     world, wrapped = parts.world, parts.wrapped
     num_micro = parts.rank_batch // parts.micro_batch
-    start = sequences + world.rank * parts.rank_batch
+    start = sequences + parts.mesh.data_rank * parts.rank_batch
     total = torch.zeros((), dtype=torch.float64, device=world.device)
     for index in range(num_micro):
         ids, labels = batch(parts.train_data, parts.order, start + index * parts.micro_batch, parts.micro_batch)
         ids, labels = ids.to(world.device, non_blocking=True), labels.to(world.device, non_blocking=True)
         is_last = index == num_micro - 1
-        with nullcontext() if is_last or world.size == 1 else wrapped.no_sync():  # type: ignore[operator]
+        with nullcontext() if is_last else without_gradient_sync(wrapped):
             with torch.autocast(world.device.type, dtype=torch.bfloat16, enabled=parts.dtype == torch.bfloat16):
                 loss = wrapped(ids, labels)
             (loss / num_micro).backward()
@@ -104,7 +114,10 @@ def _accumulate(parts: Parts, sequences: int) -> torch.Tensor:
 
 
 def _agree(parts: Parts, step: int, loss: torch.Tensor, stop: bool) -> tuple[float, bool]:
-    """Mean loss over the ranks and whether any is to stop. Raises Diverged on all ranks when one's loss is bad."""
+    """Mean loss over the ranks and whether any is to stop; on all ranks when one's loss is bad.
+
+    Then it raises Diverged, or returns NaN where such steps are skipped and parameters are still finite.
+    """
     rank, size, device = parts.world.rank, parts.world.size, parts.world.device
     bad = ~torch.isfinite(loss)
     report = torch.stack(
@@ -116,6 +129,9 @@ def _agree(parts: Parts, step: int, loss: torch.Tensor, stop: bool) -> tuple[flo
         ]
     )
     loss_sum, stops, num_bad, rank_sum = collectives.all_reduce(report).tolist()
+    if num_bad and parts.config.optim.non_finite == "skip":
+        check_finite(parts, step)  # otherwise all further steps would be skipped too
+        return math.nan, stops > 0
     if num_bad:
         where = f"rank {rank_sum:.0f}" if num_bad == 1 else f"{num_bad:.0f} of {size} ranks"
         name = _first_non_finite(parts)
@@ -124,15 +140,31 @@ def _agree(parts: Parts, step: int, loss: torch.Tensor, stop: bool) -> tuple[flo
     return loss_sum / size, stops > 0
 
 
+def _shards(parts: Parts) -> dict[str, Shard]:
+    """What this rank holds of each parameter, in the order of the model."""
+    optimizer = parts.optimizer
+    by_name = {shard.name: shard for group in optimizer.param_groups for shard in optimizer.shards(group)}
+    return {name: by_name[name] for name, _ in parts.model.named_parameters()}
+
+
 def _first_non_finite(parts: Parts) -> str | None:
-    """The first parameter that is not finite, else the first whose (averaged) gradient is not."""
-    named = list(parts.model.named_parameters())
-    for name, param in named:
-        if not bool(torch.isfinite(param).all()):
-            return name
-    for name, param in named:
-        if param.grad is not None and not math.isfinite(float(param.grad.norm())):
-            return name
+    """The first parameter that is not finite on any rank, else the first whose (averaged) gradient is not.
+
+    One gather of small objects.
+    """
+    found = [report for report in collectives.gather_objects(_non_finite_here(parts)) if report is not None]
+    return min(found)[-1] if found else None
+
+
+def _non_finite_here(parts: Parts) -> tuple[bool, int, str] | None:
+    """The first such parameter of this rank, after whether it is only its gradient, and its place in the model."""
+    shards = _shards(parts)
+    for index, (name, shard) in enumerate(shards.items()):
+        if not bool(torch.isfinite(shard.local()).all()):
+            return False, index, name
+    for index, (name, shard) in enumerate(shards.items()):
+        if (grad := shard.grad()) is not None and not math.isfinite(float(grad.norm())):
+            return True, index, name
     return None
 
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from muonlm.config.ranks import RankGrid
 from muonlm.config.schema import GPTConfig
 from muonlm.data.dataset import open_split
 from muonlm.dist import collectives
-from muonlm.dist.process import World
+from muonlm.dist.mesh import Mesh
 from muonlm.model.build import build_model
 from muonlm.train.evaluate import eval_indices, evaluate, rank_batches
 
@@ -43,8 +44,14 @@ def test_mean_is_exact_on_any_number_of_ranks(stdlib_data, run_ranks, count) -> 
         expected = float(F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1).double(), tokens[:, 1:].flatten()))
 
     def one_rank(rank, size):
-        world = World(rank, size, rank, torch.device("cpu"), "gloo")
-        loss = evaluate(model, data, indices, batch_size=2, world=world, dtype=torch.float32)
+        loss = evaluate(
+            model,
+            data,
+            indices,
+            batch_size=2,
+            mesh=Mesh(RankGrid(size, 1, 1), rank, torch.device("cpu")),
+            dtype=torch.float32,
+        )
         return loss, collectives.counters().get("all_reduce", {}).get("calls", 0), model.training
 
     for size in (1, 2, 3):

@@ -207,7 +207,7 @@ def test_fresh_wants_the_config_of_a_run(make_config) -> None:
     (path / "figures").mkdir(parents=True)
     for other in ('name = "x"\ndata = "y"\nloop = 1\n', "not toml"):
         (path / "config.toml").write_text(other)
-        with pytest.raises(UserError, match="--fresh would remove figures, config.toml"):
+        with pytest.raises(UserError, match=r"--fresh would remove figures, config\.toml"):
             train(config, fresh=True)
     assert (path / "figures").exists()
 

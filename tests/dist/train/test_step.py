@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from muonlm.checkpoint import store
+from muonlm.config.ranks import micro_batch_size
 from muonlm.dist import process
 from muonlm.optim.gradients import NonFiniteGradient
 from muonlm.train import loop
 from muonlm.train.loop import train
-from muonlm.train.setup import build, micro_batch_size
+from muonlm.train.setup import build
 from muonlm.train.step import Diverged, take_step
 
 STEPS = 3

@@ -1,0 +1,72 @@
+"""Where this rank stands among replicas, shards and tensor-parallel ranks, and the device mesh of these axes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from muonlm.config.ranks import RankGrid, rank_grid
+from muonlm.config.schema import TrainConfig
+from muonlm.dist.process import World
+
+AXES = ("replicate", "shard", "tensor")
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """The arrangement of the ranks as seen from one of them.
+
+    `devices` has the axes "replicate", "shard" and "tensor"; it is None where ranks do no more than average gradients
+    of whole models, and the process group of all ranks is all they need.
+    """
+
+    grid: RankGrid
+    rank: int
+    device: torch.device
+    devices: DeviceMesh | None = None
+
+    @property
+    def data_rank(self) -> int:
+        """Which share of the sequences this rank reads; ranks of one tensor group read the same."""
+        return self.rank // self.grid.tensor
+
+    @property
+    def data_size(self) -> int:
+        """Number of shares."""
+        return self.grid.data
+
+    @property
+    def tensor(self) -> DeviceMesh | None:
+        """The ranks that share the matrices of each layer with this one; None without tensor parallelism."""
+        return self.devices["tensor"] if self.devices is not None and self.grid.tensor > 1 else None
+
+    @property
+    def sharded(self) -> DeviceMesh | None:
+        """The ranks over which FSDP2 cuts this rank's parameters, with an axis of replicas where there are any.
+
+        None where there is nothing to cut. Replicas of a tensor-parallel model come here too, one shard each.
+        """
+        replicate, shard, tensor = self.grid
+        if self.devices is None or (shard == 1 and (replicate == 1 or tensor == 1)):
+            return None
+        return self.devices["replicate", "shard"] if replicate > 1 else self.devices["shard"]
+
+
+def make_mesh(config: TrainConfig, world: World) -> Mesh:
+    """Arrange the ranks as `config.dist` asks; called by all ranks.
+
+    Collectives: those that make the process groups of the axes, when there is more to do than averaging gradients.
+    Raises UserError, on all ranks, when their number does not divide into what is asked for.
+    """
+    grid = rank_grid(config, world.size)
+    if grid.shard == grid.tensor == 1:
+        return Mesh(grid, world.rank, world.device)
+    devices = init_device_mesh(world.device.type, tuple(grid), mesh_dim_names=AXES)
+    # torch gives new groups its own timeout, of up to half an hour, rather than that of the group of all ranks.
+    for group in devices.get_all_groups():
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=config.dist.timeout_s), group)
+    return Mesh(grid, world.rank, world.device, devices)
