@@ -12,6 +12,10 @@ def add(commands: Any) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     train = actions.add_parser("train", add_help=False, help="training steps; --help lists its options")
     train.set_defaults(run=_train, passes_rest=True)
+    optimizer = actions.add_parser(
+        "optimizer", add_help=False, help="optimizer steps on several ranks; --help lists its options"
+    )
+    optimizer.set_defaults(run=_optimizer, passes_rest=True)
     newton_schulz = actions.add_parser(
         "newton-schulz", add_help=False, help="orthogonalization and its kernels; --help lists its commands"
     )
@@ -20,6 +24,12 @@ def add(commands: Any) -> None:
 
 def _train(args: argparse.Namespace) -> int:
     from muonlm.bench.train import main
+
+    return int(main(args.rest) or 0)
+
+
+def _optimizer(args: argparse.Namespace) -> int:
+    from muonlm.bench.optimizer import main
 
     return int(main(args.rest) or 0)
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from muonlm_kernels import matmul_flops
 
-# Below this many FLOPs of one matrix, the reductions between ranks that share it cost more than the sharing saves.
+# Where the reductions between ranks that share a matrix cost as much as the sharing saves: see `reduction_price`.
 SPLIT_MIN_FLOPS = 10**9
 _GOOD_IMBALANCE = 1.05
 _LIMITS_TRIED = 24
+# Another limit replaces the best so far only where it is worth more groups and reductions.
+_WORTHWHILE = 0.99
 
 
 @dataclass(frozen=True)
@@ -56,70 +60,104 @@ def shared_flops(rows: int, cols: int, num_workers: int, steps: int = 5) -> int:
     return steps * (4 * m * m * part + 2 * m * m * min(m, part))
 
 
+def shared_bytes(rows: int, cols: int, num_workers: int, steps: int = 5) -> int:
+    """Bytes that each of `num_workers` ranks sends to share a matrix: an all_reduce of m^2 fp32 numbers a step."""
+    return steps * 2 * (num_workers - 1) * 4 * min(rows, cols) ** 2 // num_workers
+
+
+def reduction_price(split_min_flops: int, steps: int = 5) -> float:
+    """FLOPs that a byte of a reduction is worth, if sharing a square matrix of `split_min_flops` saves nothing.
+
+    Two ranks that share an m x m matrix of 6 m^3 FLOPs a step save 3 m^3 each, and send 4 m^2 bytes.
+    """
+    return 3 / 4 * math.cbrt(split_min_flops / (6 * steps))
+
+
 def assign(jobs: Sequence[Job], num_ranks: int, steps: int = 5, split_min_flops: int = SPLIT_MIN_FLOPS) -> Assignment:
     """Longest-processing-time assignment over `num_ranks` ranks: heaviest job first, each to the least loaded rank.
 
     Pinned jobs come first, each to its least loaded holder. Others go to a holder too where that makes the largest
     load no more than 5 % larger. Where whole matrices cannot balance the ranks, as with more ranks than matrices,
-    matrices of at least `split_min_flops` are shared by as many ranks as bring the largest load down. Deterministic:
-    ties fall to the lower index and the lower rank. Without sharing, and with free choice, the largest load is at most
-    4/3 of the optimum (R. Graham, "Bounds on multiprocessing timing anomalies", 1969).
+    a limit is put on the loads, and a matrix of at least `split_min_flops` that would exceed it is shared by the fewest
+    ranks that stay below it, at the price of its reductions; of several limits the highest is taken that balances, else
+    the one with the least largest load. Deterministic: ties fall to the lower index and the lower rank. Without
+    sharing, and with free choice, the largest load is at most 4/3 of the optimum (R. Graham, "Bounds on multiprocessing
+    timing anomalies", 1969).
     """
-    whole = [1] * len(jobs)
-    free = _pack(jobs, whole, num_ranks, steps, use_holders=False)
+    pack = partial(_pack, jobs, num_ranks, steps, split_min_flops)
+    best, high = pack(use_holders=False) or _NOTHING
     if any(job.holders and not job.pinned for job in jobs):
-        local = _pack(jobs, whole, num_ranks, steps, use_holders=True)
-        if max(local.loads_flops) <= _GOOD_IMBALANCE * max(free.loads_flops):
-            free = local
-    best = free
+        local, highest = pack(use_holders=True) or _NOTHING
+        if highest <= _GOOD_IMBALANCE * high:
+            best, high = local, highest
     if best.imbalance <= _GOOD_IMBALANCE:
         return best
-    mean, high = sum(free.loads_flops) / num_ranks, max(free.loads_flops)
-    for number in range(_LIMITS_TRIED):
-        limit = mean * (high / mean) ** (number / _LIMITS_TRIED)
-        counts = [_num_workers(job, limit, num_ranks, steps, split_min_flops) for job in jobs]
-        if counts == whole:
-            break
-        tried = _pack(jobs, counts, num_ranks, steps, use_holders=False)
-        if max(tried.loads_flops) < max(best.loads_flops):
-            best = tried
+    mean, most = sum(best.loads_flops) / num_ranks, high
+    for number in reversed(range(_LIMITS_TRIED)):
+        tried = pack(use_holders=False, limit=mean * (most / mean) ** (number / _LIMITS_TRIED))
+        if tried is not None and tried[1] < _WORTHWHILE * high:
+            best, high = tried
+            if high <= _GOOD_IMBALANCE * mean:
+                break
     return best
 
 
-def _num_workers(job: Job, limit: float, num_ranks: int, steps: int, split_min_flops: int) -> int:
-    """The fewest ranks that bring a rank's part of `job` under `limit`; 1 if it may not be shared."""
-    if job.pinned or matmul_flops(job.rows, job.cols, steps) < max(split_min_flops, limit):
-        return 1
-    most = min(num_ranks, max(job.rows, job.cols))
-    low, high = 1, most
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if shared_flops(job.rows, job.cols, middle, steps) <= limit else (middle + 1, high)
-    return low
+_NOTHING = Assignment((), ()), math.inf
 
 
-def _pack(jobs: Sequence[Job], counts: list[int], num_ranks: int, steps: int, *, use_holders: bool) -> Assignment:
-    """Greedy: pinned jobs, then the others by falling cost of a rank's part."""
-    costs = [shared_flops(job.rows, job.cols, count, steps) for job, count in zip(jobs, counts, strict=True)]
-    loads = [0] * num_ranks
+def _pack(
+    jobs: Sequence[Job],
+    num_ranks: int,
+    steps: int,
+    split_min_flops: int,
+    *,
+    use_holders: bool,
+    limit: float = math.inf,
+) -> tuple[Assignment, float] | None:
+    """Greedy: jobs of given ranks, then the others by falling cost. None where a job can neither fit nor be shared.
+
+    What may not be shared raises the limit where it must. The second value is the largest load, reductions included.
+    """
+    price = reduction_price(split_min_flops, steps)
+    flops = [matmul_flops(job.rows, job.cols, steps) for job in jobs]
+    loads, loads_flops = [0.0] * num_ranks, [0] * num_ranks
     workers: list[tuple[int, ...]] = [()] * len(jobs)
-
-    def is_bound(job: Job) -> bool:
-        return job.pinned or (use_holders and bool(job.holders))
-
-    order = sorted(range(len(jobs)), key=lambda i: (not is_bound(jobs[i]), -costs[i], i))
-    heap: list[tuple[int, int]] = []
-    for index in order:
+    bound = [job.pinned or (use_holders and bool(job.holders)) for job in jobs]
+    heap: list[tuple[float, int]] = []
+    for index in sorted(range(len(jobs)), key=lambda i: (not bound[i], -flops[i], i)):
         job = jobs[index]
-        if is_bound(job):
-            chosen = [min(job.holders, key=lambda rank: (loads[rank], rank))]
+        if not bound[index] and not heap:  # bound jobs come first: from here on the heap alone decides
+            heap = sorted((load, rank) for rank, load in enumerate(loads))
+        if bound[index]:
+            team = [min(job.holders, key=lambda rank: (loads[rank], rank))]
+        elif heap[0][0] + flops[index] <= limit or flops[index] < split_min_flops:
+            team = [heapq.heappop(heap)[1]]
         else:
-            if not heap:  # bound jobs come first: from here on the heap alone decides
-                heap = sorted((load, rank) for rank, load in enumerate(loads))
-            chosen = [heapq.heappop(heap)[1] for _ in range(counts[index])]
-            for rank in chosen:
-                heapq.heappush(heap, (loads[rank] + costs[index], rank))
-        for rank in chosen:
-            loads[rank] += costs[index]
-        workers[index] = tuple(sorted(chosen))
-    return Assignment(tuple(workers), tuple(loads))
+            team = _team(job, heap, steps, price, limit)
+        if not team:
+            return None
+        size = len(team)
+        part = shared_flops(job.rows, job.cols, size, steps)
+        cost = part + price * shared_bytes(job.rows, job.cols, size, steps)
+        for rank in team:
+            loads[rank] += cost
+            loads_flops[rank] += part
+            limit = max(limit, loads[rank])
+            if heap:
+                heapq.heappush(heap, (loads[rank], rank))
+        workers[index] = tuple(sorted(team))
+    return Assignment(tuple(workers), tuple(loads_flops)), max(loads)
+
+
+def _team(job: Job, heap: list[tuple[float, int]], steps: int, price: float, limit: float) -> list[int]:
+    """The fewest least loaded ranks, popped from the heap, that can share `job` under `limit`; none if none can."""
+    team: list[int] = []
+    for size in range(1, min(len(heap), max(job.rows, job.cols)) + 1):
+        load, rank = heapq.heappop(heap)
+        team.append(rank)
+        cost = shared_flops(job.rows, job.cols, size, steps) + price * shared_bytes(job.rows, job.cols, size, steps)
+        if load + cost <= limit:
+            return team
+        if load >= limit:
+            break
+    return []

@@ -1,9 +1,9 @@
 """How ZeRO-1 and 2 lay parameters out in flat buckets so that matrices have whole owners: a pure function.
 
-A bucket consists of one slot of equal length for each rank. Its gradients are reduced by one reduce_scatter, after which
-rank r has slot r; after the step one all_gather brings all slots to all ranks. A matrix lies whole in one slot, so its
-owner can orthogonalize it without further communication; parameters that are updated elementwise may be cut anywhere and
-fill what is left. That is the communication of ZeRO-AdamW, (D - 1) / D of gradients and parameters, and the padding.
+A bucket has one slot of equal length for each rank. Its gradients are reduced by one reduce_scatter, after which rank
+r has slot r; after the step one all_gather brings all slots to all ranks. A matrix lies whole in one slot, so its owner
+can orthogonalize it without further communication; parameters that are updated elementwise may be cut anywhere and fill
+what is left. That is the communication of ZeRO-AdamW, (D - 1) / D of gradients and parameters, and the padding.
 """
 
 from __future__ import annotations

@@ -156,11 +156,10 @@ def blocks_of_range(shape: Sequence[int], begin: int, end: int) -> Iterator[tupl
     """A range of a flattened tensor as blocks (start, size), in order: as few as there are, each contiguous."""
     while begin < end:
         # The largest block that starts here: of whole sub-tensors of the first dim at whose border it stands.
-        inner = math.prod(shape)
-        for dim, length in enumerate(shape):
-            inner //= length
-            if begin % inner == 0 and end - begin >= inner:
-                break
+        dim, inner = 0, math.prod(shape[1:])
+        while begin % inner or end - begin < inner:
+            dim += 1
+            inner //= shape[dim]
         index = begin // inner % shape[dim]
         count = min(shape[dim] - index, (end - begin) // inner)
         outer, rest = [], begin // (inner * shape[dim])

@@ -132,7 +132,7 @@ class Plan:
     def lines(self) -> list[str]:
         """One line a matrix: what it is, how it is held, who computes it, when."""
         return [
-            f"{piece.label} {piece.rows}x{piece.cols}: {self.layouts[piece.param].key}; "
+            f"{piece.label} {piece.rows}x{piece.cols}{_made_of(piece)}: {self.layouts[piece.param].key}; "
             f"computed by {','.join(map(str, workers))} in round {number}"
             for piece, workers, number in zip(self.pieces, self.assignment.workers, self.rounds, strict=True)
         ]
@@ -294,6 +294,12 @@ def _rounds(pieces: Sequence[Piece], assignment: Assignment, element_bytes: int,
             filled[rank] = (number, (used if n == number else 0) + size)
         rounds[index] = number
     return tuple(rounds)
+
+
+def _made_of(piece: Piece) -> str:
+    """Where the blocks of a matrix lie in its parameter, if there are several."""
+    blocks = [f"{part.box.start}+{part.box.shape}" for part in piece.parts]
+    return f" made of {', '.join(blocks)}" if len(blocks) > 1 else ""
 
 
 def _clip(box: Box, row: int, col: int, task: Task, is_tall: bool) -> tuple[Box, int, int] | None:

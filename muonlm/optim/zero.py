@@ -5,8 +5,8 @@ ready, each bucket's gradients are averaged by one reduce_scatter, which leaves 
 backward pass goes on; the owners update their slots, and one all_gather a bucket brings the new values to all. Bytes on
 a ring: (D - 1) / D of all gradients and of all parameters, padding included: those of ZeRO-AdamW.
 
-Stage 1 accumulates whole gradients over micro-batches and reduces the sum; stage 2 reduces after every backward pass and
-frees gradients as their bucket leaves, so that no rank keeps more than a bucket and its own part of them.
+Stage 1 accumulates whole gradients over micro-batches and reduces the sum; stage 2 reduces after every backward pass
+and frees gradients as their bucket leaves, so that no rank keeps more than a bucket and its own part of them.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from muonlm.optim.muon import Muon
+from muonlm.optim.pieces import Split
 
 Shapes = list[tuple[int, ...]]
 Place = Callable[[list[nn.Parameter]], list[nn.Parameter]]
@@ -81,16 +83,27 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def run_steps(
-    shapes: Shapes, layout: str, steps: int = 3, group: dict[str, Any] | None = None, **options: Any
+    shapes: Shapes,
+    layout: str,
+    steps: int = 3,
+    group: dict[str, Any] | None = None,
+    splits: list[Split] | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
-    """A few steps of Muon on parameters of `shapes`; weights, momenta, and what the optimizer did, on this rank."""
+    """A few steps of Muon on parameters of `shapes`; weights, momenta, and what the optimizer did, on this rank.
+
+    `splits` gives each parameter a group and a split of its own.
+    """
     from muonlm.dist import collectives
 
     generator = torch.Generator().manual_seed(0)
     params = [nn.Parameter(torch.randn(shape, generator=generator) * 0.1) for shape in shapes]
     initial = [p.detach().clone() for p in params]
     params = placed(params, layout) if dist.is_initialized() else params
-    optimizer = Muon([{"params": params, **(group or {})}], lr=0.05, momentum=0.9, weight_decay=0.1, **options)
+    groups = [{"params": params, **(group or {})}]
+    if splits is not None:
+        groups = [{"params": [param], "split": split} for param, split in zip(params, splits, strict=True)]
+    optimizer = Muon(groups, lr=0.05, momentum=0.9, weight_decay=0.1, **options)
     collectives.reset_counters()
     for step in range(steps):
         set_grads(params, step, initial, layout)
@@ -102,6 +115,12 @@ def run_steps(
         "counts": counts,
         "plan": optimizer.plan(),
     }
+
+
+@pytest.fixture
+def layouts() -> SimpleNamespace:
+    """`placed`, `set_grads` and `full`, for tests that drive an optimizer themselves."""
+    return SimpleNamespace(placed=placed, set_grads=set_grads, full=full)
 
 
 @pytest.fixture
