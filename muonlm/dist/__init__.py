@@ -1,1 +1,1 @@
-"""Process groups, meshes, wrapping, counted collectives, and what the device is good at. Knows no model or optimizer."""
+"""Process groups, meshes, wrapping, counted collectives, and what the device does best. Knows no model or optimizer."""

@@ -11,6 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, Literal, TypedDict
 
 import torch
@@ -31,6 +32,7 @@ _COUNTS: dict[str, Count] = defaultdict(lambda: Count(calls=0, bytes=0, seconds=
 # Newer releases of torch rename it and warn of the old name.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_timeout: timedelta | None = None
 _TEAMS: dict[tuple[int, ...], Group] = {}
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN, "avg": dist.ReduceOp.AVG}
 
@@ -73,6 +75,17 @@ def broadcast(tensor: torch.Tensor, src: int = 0) -> torch.Tensor:
         with _counted("broadcast", tensor):
             dist.broadcast(tensor, src=src)
     return tensor
+
+
+def forget_teams() -> None:
+    """Forget the groups that `team_group` has made: they end with the group of all ranks."""
+    _TEAMS.clear()
+
+
+def set_timeout(timeout: timedelta) -> None:
+    """How long collectives of groups made from now on may wait."""
+    global _timeout
+    _timeout = timeout
 
 
 class Pending:
@@ -127,7 +140,8 @@ def start_reduce_scatter(output: torch.Tensor, input: torch.Tensor, op: Op = "su
 def team_group(ranks: tuple[int, ...]) -> Group:
     """The process group of `ranks`, made when it is first asked for: by all processes, in the same order."""
     if ranks not in _TEAMS:
-        _TEAMS[ranks] = dist.new_group(list(ranks))
+        # torch gives new groups its own timeout, of up to half an hour, rather than that of the group of all ranks.
+        _TEAMS[ranks] = dist.new_group(list(ranks), timeout=_timeout)
     return _TEAMS[ranks]
 
 

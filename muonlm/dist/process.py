@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from muonlm.config.errors import UserError
 from muonlm.config.schema import DistConfig
+from muonlm.dist import collectives
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ def start(config: DistConfig, device: str = "auto") -> World:
             f"rank {rank} of {size} could not join the process group ({backend}, "
             f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}): {error}"
         ) from error
+    collectives.set_timeout(timedelta(seconds=config.timeout_s))
     return World(rank, size, local_rank, torch_device, backend)
 
 
@@ -64,6 +66,7 @@ def shutdown() -> None:
     """Leave the process group, if there is one."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+        collectives.forget_teams()
 
 
 _TORCHRUN = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -20,8 +19,9 @@ from muonlm.config.errors import UserError
 from muonlm.dist import collectives
 from muonlm.optim.shards import Shard
 
-# Norms that differ by less, relatively, are of the same gradients: summed in another order, at most.
-_SAME_NORM = 1e-3
+# Logarithms of norms, over all parameters, that differ by less are of the same gradients: summed in another order.
+_SAME_LOG = 1e-2
+_LOG_UNITS = 10**6
 
 
 class NonFiniteGradient(UserError):
@@ -79,7 +79,7 @@ def agree_and_clip(
     loss scaler) has found the gradients of this rank to be not finite. One host synchronisation.
 
     Raises on all ranks alike, before anything is changed: UserError where ranks have other parameters or options, where
-    only some have a gradient, or where gradients of what all ranks hold differ (in norm, by more than 1e-3), as they
+    only some have a gradient, or where gradients of what all ranks hold differ (in norm, by more than 1 %), as they
     do when they were not averaged; NonFiniteGradient unless `skip_non_finite`.
     """
     shards = [shard for group in groups for shard in group.shards]
@@ -88,9 +88,9 @@ def agree_and_clip(
     present = [shard.name for shard in shards if grads[id(shard)] is not None]
     squares, bad, copied = _squares(groups, grads)
     if collectives.is_active():
-        absent_hash, norm_bits = _hash("\n".join(present)), _sortable(math.sqrt(sum(copied.values())))
+        absent_hash, log_norms = _hash("\n".join(present)), _log_sum(copied)
         header = [description.number, -description.number, absent_hash, -absent_hash, int(bool(bad) or overflow)]
-        header += [norm_bits, -norm_bits]
+        header += [log_norms, -log_norms]
         agreed = collectives.all_reduce(torch.tensor(header, dtype=torch.int64, device=device), "max").tolist()
         if agreed[0] != -agreed[1]:
             _raise_differing(description)
@@ -103,7 +103,7 @@ def agree_and_clip(
         if skip_non_finite:
             return GradNorms(math.nan, {group.name: math.nan for group in groups}, 1.0, is_skipped=True)
         _raise_non_finite(bad)
-    if collectives.is_active() and _number(agreed[5]) > _number(-agreed[6]) * (1 + _SAME_NORM):
+    if collectives.is_active() and agreed[5] + agreed[6] > _SAME_LOG * _LOG_UNITS:
         _raise_not_averaged(copied)
     by_group = _group_norms(groups, squares, device)
     total = math.hypot(*by_group.values())
@@ -157,13 +157,10 @@ def _group_norms(groups: Sequence[GroupShards], squares: dict[str, float], devic
     return dict(zip(names, collectives.all_reduce(summed).sqrt().tolist(), strict=True))
 
 
-def _sortable(number: float) -> int:
-    """An integer that is larger for a larger number, of those that are not negative."""
-    return int(struct.unpack("<q", struct.pack("<d", number))[0]) if math.isfinite(number) else 0
-
-
-def _number(sortable: int) -> float:
-    return float(struct.unpack("<d", struct.pack("<q", sortable))[0])
+def _log_sum(squares: dict[str, float]) -> int:
+    """Sum of the logarithms of norms, in millionths: a parameter counts however small its gradient is beside others."""
+    logs = (math.log(max(square, 1e-300)) / 2 for square in squares.values() if math.isfinite(square))
+    return round(sum(logs) * _LOG_UNITS)
 
 
 def _hash(text: str) -> int:

@@ -211,6 +211,8 @@ def mesh_layout(shape: Index, mesh: tuple[tuple[int, ...], tuple[int, ...]], axe
 
 
 def _short(ranks: Sequence[int]) -> str:
+    if len(ranks) == 1:
+        return f"rank {ranks[0]}"
     if ranks and tuple(ranks) == tuple(range(ranks[0], ranks[0] + len(ranks))):
         return f"ranks {ranks[0]} to {ranks[-1]}"
     return f"ranks {','.join(map(str, ranks))}"

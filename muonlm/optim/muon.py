@@ -19,7 +19,6 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch.optim.adamw import adamw
 
 from muonlm.config.errors import UserError
 from muonlm.dist import collectives
@@ -32,6 +31,7 @@ from muonlm.optim.plan import Plan, make_plan
 from muonlm.optim.scaling import Scaling, update_scale
 from muonlm.optim.shards import Shard, Sharding, tensor_shard
 from muonlm.optim.shared import orthogonalize_part
+from muonlm.optim.updates import adamw_step, advance_momentum, decay_and_add
 from muonlm_kernels import COEFFICIENTS, coefficients, newton_schulz
 
 __all__ = ["Muon", "Scaling", "update_scale"]
@@ -142,6 +142,10 @@ class Muon(torch.optim.Optimizer):
         group = self.param_groups[-1]
         try:
             names = check_group(group, len(self.param_groups) - 1)
+            if group.get("name") is not None and any(
+                group["name"] == other.get("name") for other in self.param_groups[:-1]
+            ):
+                raise UserError(f"two parameter groups are named {group['name']!r}; norms are told apart by the name")
             shards = [self._make_shard(name, param, group) for name, param in zip(names, group["params"], strict=True)]
             for shard in shards if group["rule"] == "muon" else []:
                 pieces_of(0, shard.name, shard.layout.shape, group["split"])
@@ -229,7 +233,7 @@ class Muon(torch.optim.Optimizer):
         self._muon_step()
         for group in self.param_groups:
             if group["rule"] == "adamw":
-                self._adamw_step(group)
+                adamw_step(group, self.shards(group), self._states(group))
         if self._sharding is not None:
             self._sharding.after_step()
         return loss
@@ -291,7 +295,11 @@ class Muon(torch.optim.Optimizer):
             return
         if self._exchange is None:
             self._exchange = Exchange(self.plan(), collectives.rank(), self._depth)
-        updates = [update for group in groups for update in self._momentum(group)]
+        updates = [
+            update
+            for group in groups
+            for update in advance_momentum(group, self.shards(group), self._states(group), self._wire_dtype)
+        ]
         computed = self._exchange.run(updates, self._orthogonalize, self._orthogonalize_part)
         planned = sum(len(work.tasks) for work in self._exchange.rounds)
         if computed != planned:
@@ -302,31 +310,8 @@ class Muon(torch.optim.Optimizer):
                 index, update = next(remaining)
                 self._apply(group, shard, index, update)
 
-    def _momentum(self, group: dict[str, Any]) -> list[torch.Tensor]:
-        """Advance the momentum of a group; what is to be orthogonalized, flat, in the precision that travels."""
-        mu = group["momentum"]
-        shards = self.shards(group)
-        states = [self._shards[p].local_state(self.state[p]["momentum_buffer"]) for p in group["params"]]
-        grads = [shard.grad() for shard in shards]
-        # Computed in at least fp32, whatever the gradients and the state are kept in.
-        live = [(i, g.to(torch.promote_types(g.dtype, torch.float32))) for i, g in enumerate(grads) if g is not None]
-        wide = {i: states[i].to(g.dtype) for i, g in live}
-        if live:
-            buffers, values = [wide[i] for i, _ in live], [g for _, g in live]
-            if group["momentum_form"] == "ema":
-                torch._foreach_lerp_(buffers, values, 1 - mu)
-            else:
-                torch._foreach_mul_(buffers, mu)
-                torch._foreach_add_(buffers, values)
-            for i, _ in live:
-                if wide[i] is not states[i]:
-                    states[i].copy_(wide[i])
-        updates = [wide.get(i, state) for i, state in enumerate(states)]
-        if group["nesterov"]:
-            for i, grad in live:
-                is_ema = group["momentum_form"] == "ema"
-                updates[i] = torch.lerp(grad, wide[i], mu) if is_ema else torch.add(grad, wide[i], alpha=mu)
-        return [u.to(self._wire_dtype, memory_format=torch.contiguous_format, copy=True).view(-1) for u in updates]
+    def _states(self, group: dict[str, Any]) -> list[dict[str, Any]]:
+        return [self.state[param] for param in group["params"]]
 
     def _orthogonalize(self, stack_KMN: torch.Tensor) -> torch.Tensor:
         return newton_schulz(
@@ -348,18 +333,10 @@ class Muon(torch.optim.Optimizer):
         )
 
     def _apply(self, group: dict[str, Any], shard: Shard, index: int, update: torch.Tensor) -> None:
-        if shard.grad() is None:
-            return
-        local, lr = shard.local(), float(group["lr"])
-        if local.numel() == 0:
-            return
-        update, scale = self._scaled(index, update, group["scaling"])
-        update = update.view(local.shape)
-        if group["weight_decay"] and group["cautious"]:
-            local.mul_(1 - lr * group["weight_decay"] * (update * local >= 0).to(local.dtype))
-        elif group["weight_decay"]:
-            local.mul_(1 - lr * group["weight_decay"])
-        local.add_(update, alpha=-lr * scale)
+        local = shard.local()
+        if shard.grad() is not None and local.numel():
+            update, scale = self._scaled(index, update, group["scaling"])
+            decay_and_add(group, local, update.view(local.shape), scale)
 
     def _scaled(self, index: int, update: torch.Tensor, scaling: Scaling) -> tuple[torch.Tensor, float]:
         """The update and the factor on it; matrices of several shapes in one parameter are multiplied one by one."""
@@ -372,24 +349,3 @@ class Muon(torch.optim.Optimizer):
         for (_, segment), scale in zip(blocks, scales, strict=True):
             segment.view_of(update).mul_(scale)
         return update, 1.0
-
-    def _adamw_step(self, group: dict[str, Any]) -> None:
-        live = [(p, s, g) for p in group["params"] if (g := (s := self._shards[p]).grad()) is not None]
-        states = [(self.state[p], s) for p, s, _ in live]
-        beta1, beta2 = group["betas"]
-        adamw(
-            [s.local() for _, s, _ in live],
-            [g for _, _, g in live],
-            [s.local_state(state["exp_avg"]) for state, s in states],
-            [s.local_state(state["exp_avg_sq"]) for state, s in states],
-            [],
-            [state["step"] for state, _ in states],
-            fused=True,
-            amsgrad=False,
-            beta1=beta1,
-            beta2=beta2,
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )

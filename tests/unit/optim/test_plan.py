@@ -199,12 +199,13 @@ def test_bytes_sent_are_those_of_what_leaves_the_rank(case: Case) -> None:
 @settings(max_examples=150, deadline=None)
 @given(cases())
 def test_a_round_assembles_no_more_than_a_bucket(case: Case) -> None:
-    plan = replace(case, split_min_flops=NEVER).plan()
+    plan = case.plan()
     for number in range(plan.num_rounds):
         works = [plan.round(number, rank) for rank in range(case.ranks)]
         assert any(work.tasks for work in works)
         for work in works:
-            sizes = [4 * case.pieces[t.piece].rows * case.pieces[t.piece].cols for t in work.tasks]
+            pieces = [(case.pieces[task.piece], len(task.team)) for task in work.tasks]
+            sizes = [4 * piece.rows * piece.cols // team for piece, team in pieces]
             assert len(sizes) <= 1 or sum(sizes) <= case.bucket_bytes
 
 
@@ -219,6 +220,18 @@ def test_a_team_covers_the_longer_side_in_order(case: Case) -> None:
         assert borders[0] == 0
         assert borders[-1] == max(piece.rows, piece.cols)
         assert all(task.end == border for task, border in zip(tasks, borders[1:], strict=True))
+    for number in range(plan.num_rounds):
+        for rank in range(case.ranks):
+            is_alone = [len(task.team) == 1 for task in plan.round(number, rank).tasks]
+            assert is_alone == sorted(is_alone)  # nobody is kept waiting by a matrix that only one rank computes
+
+
+def test_what_a_team_of_all_holders_shares_travels_too() -> None:
+    layouts = [replicated((1, 16, 16), (0, 1)), mesh_layout((1, 2, 2), ((2,), (0, 1)), (MeshShard(1),))]
+    pieces = [piece for i, layout in enumerate(layouts) for piece in pieces_of(i, f"p{i}", layout.shape, None)]
+    plan = make_plan(pieces, layouts, 2, split_min_flops=0, bucket_bytes=1)
+    assert plan.assignment.workers[0] == (0, 1)
+    assert plan.travels == [True, True]
 
 
 def test_all_ranks_of_a_team_come_to_shared_matrices_in_the_same_round_and_order() -> None:
@@ -239,10 +252,10 @@ def test_all_ranks_of_a_team_come_to_shared_matrices_in_the_same_round_and_order
 def test_broadcast_counts_the_padded_contribution_to_all_others() -> None:
     shapes = [(1, 8, 8), (1, 4, 8), (1, 8, 8)]
     pieces = [piece for i, shape in enumerate(shapes) for piece in pieces_of(i, f"p{i}", shape, None)]
-    plan = make_plan(pieces, [replicated(shape, range(2)) for shape in shapes], 2, split_min_flops=NEVER)
+    plan = make_plan(pieces, [replicated(shape, range(3)) for shape in shapes], 3, split_min_flops=NEVER)
     assert plan.is_broadcast
-    assert plan.broadcast_numel(0) == 96
-    assert plan.bytes_sent(0) == plan.bytes_sent(1) == {"gather": 0, "scatter": 96 * 2}
+    assert plan.broadcast_numel(0) == 64
+    assert plan.bytes_sent(0) == plan.bytes_sent(2) == {"gather": 0, "scatter": 2 * 64 * 2}
 
 
 def test_stacks_cut_between_experts_stay_where_they_are() -> None:
