@@ -37,6 +37,7 @@ def test_commands_that_install_and_test_are_those_of_the_makefile():
     )
 
 
+@pytest.mark.timeout(900)
 def test_every_command_runs(tmp_path: Path):
     """One tour, in order, because later commands read what earlier ones wrote."""
     (tmp_path / "docs").mkdir()
