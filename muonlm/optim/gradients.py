@@ -158,8 +158,14 @@ def _group_norms(groups: Sequence[GroupShards], squares: dict[str, float], devic
 
 
 def _log_sum(squares: dict[str, float]) -> int:
-    """Sum of the logarithms of norms, in millionths: a parameter counts however small its gradient is beside others."""
-    logs = (math.log(max(square, 1e-300)) / 2 for square in squares.values() if math.isfinite(square))
+    """Weighted sum of the logarithms of norms, in millionths: a parameter counts however small its gradient is.
+
+    Below a millionth of the norm of all it fades out, being noise. The weights differ, so that differences of two
+    parameters do not cancel.
+    """
+    finite = {name: square for name, square in squares.items() if math.isfinite(square)}
+    floor = 1e-12 * sum(finite.values()) + 1e-300
+    logs = ((1 + _hash(name) % 1000 / 1000) * math.log(square + floor) / 2 for name, square in finite.items())
     return round(sum(logs) * _LOG_UNITS)
 
 

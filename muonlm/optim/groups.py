@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -15,12 +16,15 @@ _RULES = ("muon", "adamw")
 _NON_FINITE = ("raise", "skip")
 
 
-def check_options(coefficients: str, steps: int, non_finite: str) -> None:
+def check_options(coefficients: str, steps: int, non_finite: str, **numbers: float) -> None:
     """Raise UserError for options of the whole optimizer that cannot be."""
     try:
         named_coefficients(coefficients, steps)
     except ValueError as error:
         raise UserError(str(error)) from None
+    for key, value in numbers.items():
+        if not 0 <= value < math.inf:
+            raise UserError(f"{key}={value}: it must not be negative")
     if non_finite not in _NON_FINITE:
         raise UserError(f"non_finite is {' or '.join(_NON_FINITE)}, not {non_finite!r}")
 
@@ -31,6 +35,7 @@ def check_group(group: dict[str, Any], number: int) -> list[str]:
     names: list[str] = group.get("param_names") or [f"{where}, number {i}" for i in range(len(group["params"]))]
     if group["rule"] not in _RULES:
         raise UserError(f"{where}: unknown rule {group['rule']!r} of a parameter group; known: {', '.join(_RULES)}")
+    _check_numbers(group, where)
     if group["rule"] == "adamw":
         return names
     if group["scaling"] not in SCALINGS:
@@ -48,6 +53,15 @@ def check_group(group: dict[str, Any], number: int) -> list[str]:
             f"(out, in, ...); these are none: {', '.join(wrong)}. Put them in a group with rule='adamw'"
         )
     return names
+
+
+def _check_numbers(group: dict[str, Any], where: str) -> None:
+    beta1, beta2 = group["betas"]
+    values = {"momentum": group["momentum"], "betas[0]": beta1, "betas[1]": beta2}
+    wrong = [f"{key}={value}" for key, value in values.items() if not 0 <= float(value) < 1]
+    wrong += [f"{key}={group[key]}" for key in ("lr", "weight_decay", "eps") if not 0 <= float(group[key]) < math.inf]
+    if wrong:
+        raise UserError(f"{where}: {', '.join(wrong)}; momentum and betas lie in [0, 1), the others are not negative")
 
 
 def stack_shape(param: torch.Tensor, *, is_stack: bool) -> Index:

@@ -103,7 +103,7 @@ class Muon(torch.optim.Optimizer):
             "betas": betas,
             "eps": eps,
         }
-        check_options(coefficients, steps, non_finite)
+        check_options(coefficients, steps, non_finite, grad_clip=grad_clip, bucket_bytes=bucket_bytes, depth=depth)
         self.grad_clip, self.non_finite = grad_clip, non_finite
         self.num_skipped = 0
         self._momentum_dtype, self._sharding = momentum_dtype, sharding
@@ -142,10 +142,9 @@ class Muon(torch.optim.Optimizer):
         group = self.param_groups[-1]
         try:
             names = check_group(group, len(self.param_groups) - 1)
-            if group.get("name") is not None and any(
-                group["name"] == other.get("name") for other in self.param_groups[:-1]
-            ):
-                raise UserError(f"two parameter groups are named {group['name']!r}; norms are told apart by the name")
+            *others, own = (str(g.get("name", number)) for number, g in enumerate(self.param_groups))
+            if own in others:
+                raise UserError(f"two parameter groups are named {own!r}; norms are told apart by the name")
             shards = [self._make_shard(name, param, group) for name, param in zip(names, group["params"], strict=True)]
             for shard in shards if group["rule"] == "muon" else []:
                 pieces_of(0, shard.name, shard.layout.shape, group["split"])
@@ -191,6 +190,7 @@ class Muon(torch.optim.Optimizer):
 
         See `muonlm.optim.gradients.agree_and_clip`; `step` does it with `grad_clip` when it was not called before.
         """
+        self._norms = None
         if self._sharding is not None:
             self._sharding.before_step()
         groups = [
@@ -229,6 +229,8 @@ class Muon(torch.optim.Optimizer):
         self._norms = None
         if norms.is_skipped:
             self.num_skipped += 1
+            if self._sharding is not None:
+                self._sharding.zero_grad()
             return loss
         self._muon_step()
         for group in self.param_groups:
@@ -238,9 +240,27 @@ class Muon(torch.optim.Optimizer):
             self._sharding.after_step()
         return loss
 
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch; state that lies on its owners (`sharding`) is this rank's part, and marked as such."""
+        part = {} if self._sharding is None else {"part": self._part}
+        return {**super().state_dict(), **part}
+
+    @property
+    def _part(self) -> str:
+        """Which part of the state lies here."""
+        return f"rank {collectives.rank()}: {describe(self._lines(), []).number}"
+
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch, but momentum keeps its own dtype rather than that of the parameter."""
+        """As in torch, but momentum keeps its own dtype rather than that of the parameter.
+
+        Raises UserError for the part of another rank or layout: `muonlm.optim.state.named_state` restores anywhere.
+        """
+        if state_dict.get("part") != (None if self._sharding is None else self._part):
+            raise UserError(
+                f"this state is not what rank {collectives.rank()} keeps of this optimizer: each rank has its own part."
+                " Save and load muonlm.optim.state.named_state(optimizer) through torch.distributed.checkpoint"
+            )
         super().load_state_dict(state_dict)
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
         for number, param in zip(numbers, self._shards, strict=True):
@@ -265,13 +285,16 @@ class Muon(torch.optim.Optimizer):
     def _muon_groups(self) -> list[dict[str, Any]]:
         return [group for group in self.param_groups if group["rule"] == "muon"]
 
+    def _lines(self) -> list[str]:
+        return [
+            f"{shard.name} under {group['rule']}, {shard.layout.key}, split {group['split']}"
+            for group in self.param_groups
+            for shard in self.shards(group)
+        ]
+
     def _describe(self, max_norm: float) -> Description:
         if self._parameter_lines is None:
-            self._parameter_lines = [
-                f"{shard.name} under {group['rule']}, {shard.layout.key}, split {group['split']}"
-                for group in self.param_groups
-                for shard in self.shards(group)
-            ]
+            self._parameter_lines = self._lines()
         options = [f"{key} {value}" for key, value in {"grad_clip": max_norm, **self._options}.items()]
         for number, group in enumerate(self.param_groups):
             values = {key: group.get(key) for key in self._group_keys} | {"lr": float(group["lr"])}

@@ -15,7 +15,7 @@ States = Sequence[dict[str, Any]]
 
 
 def advance_momentum(group: Group, shards: Sequence[Shard], states: States, dtype: torch.dtype) -> list[torch.Tensor]:
-    """Advance the momentum of a group's parameters; what is to be orthogonalized, flat copies in `dtype`.
+    """Advance the momentum of a group's parameters; what is to be orthogonalized, flat and apart from it, in `dtype`.
 
     ema: M <- mu M + (1 - mu) G, U = (1 - mu) G + mu M; sum: M <- mu M + G, U = G + mu M; without Nesterov U = M.
     Computed in at least fp32, whatever gradients and state are kept in. Without a gradient M stays, and U is M.
@@ -39,7 +39,11 @@ def advance_momentum(group: Group, shards: Sequence[Shard], states: States, dtyp
     if group["nesterov"]:
         for i, grad in live:
             updates[i] = torch.lerp(grad, wide[i], mu) if is_ema else torch.add(grad, wide[i], alpha=mu)
-    return [u.to(dtype, memory_format=torch.contiguous_format, copy=True).view(-1) for u in updates]
+    is_new = {i for i, _ in live} if group["nesterov"] else set()  # the others are the state itself
+    return [
+        u.to(dtype, memory_format=torch.contiguous_format, copy=i not in is_new).contiguous().view(-1)
+        for i, u in enumerate(updates)
+    ]
 
 
 def decay_and_add(group: Group, local: torch.Tensor, update: torch.Tensor, scale: float) -> None:
@@ -53,9 +57,12 @@ def decay_and_add(group: Group, local: torch.Tensor, update: torch.Tensor, scale
 
 
 def adamw_step(group: Group, shards: Sequence[Shard], states: States) -> None:
-    """torch's fused AdamW on the parameters that have a gradient."""
+    """torch's AdamW on the parameters that have a gradient, fused where they are dense in memory."""
     live = [(s, state, g) for s, state in zip(shards, states, strict=True) if (g := s.grad()) is not None]
     beta1, beta2 = group["betas"]
+    # The fused kernel walks straight through memory: every tensor must be dense and laid out alike.
+    is_dense = all(torch.empty_like(s.local()).stride() == s.local().stride() for s, _, _ in live)
+    live = [(s, state, _laid_out_as(s.local(), g)) for s, state, g in live]
     adamw(
         [shard.local() for shard, _, _ in live],
         [grad for _, _, grad in live],
@@ -63,7 +70,8 @@ def adamw_step(group: Group, shards: Sequence[Shard], states: States) -> None:
         [shard.local_state(state["exp_avg_sq"]) for shard, state, _ in live],
         [],
         [state["step"] for _, state, _ in live],
-        fused=True,
+        fused=is_dense,
+        foreach=False,
         amsgrad=False,
         beta1=beta1,
         beta2=beta2,
@@ -72,3 +80,7 @@ def adamw_step(group: Group, shards: Sequence[Shard], states: States) -> None:
         eps=group["eps"],
         maximize=False,
     )
+
+
+def _laid_out_as(local: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    return grad if grad.stride() == local.stride() else torch.empty_like(local).copy_(grad)

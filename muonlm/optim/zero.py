@@ -115,10 +115,19 @@ class _Live:
 
     @torch.no_grad()
     def copy_in(self) -> None:
-        """Take the values of the parameters that are no views, after something else has written them."""
+        """Take the values of the parameters that are no views (any more), after something else has written them."""
         for item, parts in self._parts.items():
+            param = self.params[item][1]
             if len(parts) > 1:
                 self._read(item)
+            elif parts and param.data_ptr() != (view := self.values[parts[0][1]]).data_ptr():
+                if (param.dtype, param.device) != (view.dtype, view.device):
+                    name = self.params[item][0]
+                    raise UserError(
+                        f"{name} became {param.dtype} on {param.device} after ZeRO was built; build it anew"
+                    )
+                self._read(item)
+                param.data = view.view(param.shape)
 
     @torch.no_grad()
     def copy_out(self) -> None:
@@ -185,11 +194,14 @@ class ZeroDataParallel(nn.Module):
     """Wraps a module for data parallelism with ZeRO stage 1 or 2; pass it to `Muon` as `sharding`, too.
 
     `matrices` names the parameters that Muon updates, of which `stacks` are (E, out, in); the others are updated
-    elementwise. Parameters must be contiguous plain tensors of one dtype and device; their values are taken from rank
-    0. Gradients come with the backward pass and belong to the optimizer: `param.grad` is None afterwards. In
-    `no_sync()` stage 1 accumulates without communication; stage 2 always reduces.
+    elementwise. Parameters must be contiguous plain tensors of one dtype and device; their values, and those of frozen
+    parameters and buffers, are taken from rank 0. Gradients come with the backward pass, belong to the optimizer, and
+    are dropped by its step: `param.grad` is None after a backward pass. Every rank must make as many of these. In
+    `no_sync()` stage 1 accumulates without communication; stage 2 always reduces. torch.amp.GradScaler finds no
+    gradients here: train in bfloat16 or float32.
 
-    Collectives: one broadcast for each bucket at construction; one reduce_scatter a bucket and backward pass (stage 1:
+    Collectives: one gather of names and shapes, and one broadcast for each bucket, frozen parameter and buffer at
+    construction; one reduce_scatter a bucket and backward pass (stage 1:
     step); one all_gather a bucket and step. Raises UserError for parameters that cannot be laid out.
     """
 
@@ -213,8 +225,15 @@ class ZeroDataParallel(nn.Module):
         self._buckets: list[_Live] = []
         self._shards: dict[torch.Tensor, ZeroShard] = {}
         self._is_synced, self._next, self._num_reductions = True, 0, 0
+        self._is_queued, self._is_used = False, False
+        _check_same_on_all_ranks([_line(name, p, name in matrices, name in stacks) for name, p in named])
+        _check_names(matrices | stacks, {name for name, _ in module.named_parameters()})
         for bucket in self.plan:
             self._add(bucket, items, named)
+        for tensor in (p.data for p in module.parameters() if not p.requires_grad):
+            collectives.broadcast(tensor)
+        for tensor in module.buffers():
+            collectives.broadcast(tensor)
         module.register_load_state_dict_post_hook(self._refresh)
 
     def _add(self, bucket: Bucket, items: list[Item], named: list[tuple[str, nn.Parameter]]) -> None:
@@ -234,8 +253,8 @@ class ZeroDataParallel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward pass."""
-        if self.stage == 2 and torch.is_grad_enabled() and self._is_under_way:
-            self._flush()  # the last backward pass did not reach all parameters
+        if torch.is_grad_enabled() and not self._is_used:
+            raise UserError("no optimizer uses this engine: pass it to Muon as `sharding`, or nothing would be updated")
         return self.module(*args, **kwargs)
 
     @contextmanager
@@ -249,6 +268,7 @@ class ZeroDataParallel(nn.Module):
 
     def shard(self, name: str, param: torch.Tensor) -> ZeroShard:
         """What this rank holds of `param`. Raises UserError for one that the module did not have."""
+        self._is_used = True
         if param not in self._shards:
             raise UserError(f"{name} is no trainable parameter of the module that ZeRO was built for; build it anew")
         return self._shards[param]
@@ -258,33 +278,38 @@ class ZeroDataParallel(nn.Module):
 
         A rank without a backward pass since the last step takes part with zeros, so that none waits for it.
         """
+        self._take_rest()
         for bucket in self._buckets:
-            for item, (_, param) in bucket.params.items():
-                if param.grad is not None:
-                    bucket.take(item)
+            bucket.copy_in()
         if self._num_reductions == 0 or self._is_under_way:
             self._flush()
         for bucket in self._buckets:
             bucket.collect()
 
     def after_step(self) -> None:
-        """Bring every rank's slots to all ranks. One all_gather a bucket, all started before one is waited for."""
+        """Bring every rank's slots to all ranks, and drop the gradients, which belong to one step.
+
+        One all_gather a bucket, all started before one is waited for.
+        """
         pending = [collectives.start_all_gather(bucket.values, bucket.own.clone()) for bucket in self._buckets]
         for bucket, gather in zip(self._buckets, pending, strict=True):
             gather.wait()
             bucket.copy_out()
-        self._num_reductions = 0
+        self.zero_grad()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop all gradients, those on their way too."""
         super().zero_grad(set_to_none)
         for bucket in self._buckets:
             bucket.forget()
-        self._next, self._num_reductions = 0, 0
+        self._next, self._num_reductions, self._is_queued = 0, 0, False
 
     def _hook(self, number: int, item: int) -> Callable[[torch.Tensor], None]:
         def ready(_: torch.Tensor) -> None:
             if self.stage == 2 or self._is_synced:
+                if not self._is_queued:
+                    self._is_queued = True
+                    torch.autograd.Variable._execution_engine.queue_callback(self._end_of_backward)
                 self._buckets[number].take(item)
                 # In the order of the buckets on every rank, whatever order their gradients come in.
                 while self._next < len(self._buckets) and self._buckets[self._next].is_ready:
@@ -303,6 +328,19 @@ class ZeroDataParallel(nn.Module):
         if self._next == len(self._buckets):
             self._next = 0
             self._num_reductions += 1
+
+    def _end_of_backward(self) -> None:
+        """Reduce what this backward pass has left, so that the next one does not overwrite it."""
+        self._is_queued = False
+        self._take_rest()
+        if self._is_under_way:
+            self._flush()
+
+    def _take_rest(self) -> None:
+        for bucket in self._buckets:
+            for item, (_, param) in bucket.params.items():
+                if param.grad is not None:
+                    bucket.take(item)
 
     def _flush(self) -> None:
         """Reduce the rest of this round's buckets, complete or not."""
@@ -326,3 +364,22 @@ def _check(named: list[tuple[str, nn.Parameter]]) -> None:
                 f"ZeRO 1 and 2 take parameters of one dtype and device; {name} has {param.dtype} on {param.device}, "
                 f"{named[0][0]} {first.dtype} on {first.device}"
             )
+
+
+def _line(name: str, param: nn.Parameter, is_matrix: bool, is_stack: bool) -> str:
+    kind = "stack" if is_stack else "matrix" if is_matrix else "elementwise"
+    return f"{name} {tuple(param.shape)} {param.dtype} ({kind})"
+
+
+def _check_names(given: set[str], known: set[str]) -> None:
+    if unknown := sorted(given - known):
+        raise UserError(f"ZeRO: the module has no parameters named {', '.join(unknown)}")
+
+
+def _check_same_on_all_ranks(lines: list[str]) -> None:
+    every = collectives.gather_objects(lines)
+    for rank, other in enumerate(every):
+        if other != every[0]:
+            count = f"{len(every[0])} parameters", str(len(other))
+            mine, theirs = next((pair for pair in zip(every[0], other, strict=False) if pair[0] != pair[1]), count)
+            raise UserError(f"ZeRO: rank 0 has {mine}, rank {rank} {theirs}; all ranks must build the same model")

@@ -59,14 +59,14 @@ def train(config: TrainConfig, *, fresh: bool = False, stop: StopSignals | None 
 
 @contextmanager
 def _lost_ranks(world: World, run: RunDirectory) -> Iterator[None]:
-    """Say what it means that gloo lost a peer: that rank ended, and its own message has the reason."""
+    """Say what it means that gloo lost a peer: that rank ended or hangs, and its own message has the reason."""
     try:
         yield
     except RuntimeError as error:
-        if not any(text in str(error) for text in ("closed by peer", "reset by peer", "Broken pipe")):
+        if not any(text in str(error) for text in ("closed by peer", "reset by peer", "Broken pipe", "Timed out")):
             raise
         raise UserError(
-            f"rank {world.rank}: another rank has ended, and its message says why; see also {run.path / 'logs'}"
+            f"rank {world.rank}: another rank has ended or hangs; its message says why, see also {run.path / 'logs'}"
         ) from error
 
 

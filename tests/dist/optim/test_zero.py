@@ -78,6 +78,7 @@ def train(
                 (wrapped(factors(step, skip)) / micro).backward()
             if engine is not None and (stage == 2 or number + 1 == micro):
                 assert all(p.grad is None for name, p in model.named_parameters()), "gradients are freed as they leave"
+        norms = optimizer.clip_gradients().by_group
         optimizer.step()
     local = sum(state["momentum_buffer"].numel() for state in optimizer.state.values() if "momentum_buffer" in state)
     return {
@@ -85,7 +86,7 @@ def train(
         "counts": collectives.counters(),
         "momentum_numel": local,
         "plan": engine.plan if engine else None,
-        "norms": optimizer.clip_gradients().by_group,
+        "norms": norms,
     }
 
 
@@ -179,7 +180,7 @@ def test_loaded_values_reach_the_slots(run_ranks) -> None:
 
     def run(rank: int, size: int) -> bool:
         model = Weights()
-        engine = ZeroDataParallel(model, matrices=MATRICES, bucket_bytes=2**20)
+        engine = ZeroDataParallel(model, matrices=MATRICES, stacks=frozenset({"experts"}), bucket_bytes=2**20)
         other = {name: torch.full_like(value, 2.0) for name, value in model.state_dict().items()}
         model.load_state_dict(other)
         optimizer = Muon(groups(model), lr=0.0, dtype=torch.float32, sharding=engine, weight_decay=0.0)

@@ -163,3 +163,54 @@ def test_a_group_added_later_is_trained():
     before = second.detach().clone()
     optimizer.step()
     assert not torch.equal(second, before)
+
+
+def test_adamw_takes_any_layout_in_memory():
+    """The fused kernel walks straight through memory, so parameters and gradients must lie alike, and dense."""
+    base = torch.linspace(-1, 1, 48).view(6, 8)
+    untouched = base[:, 1::2].clone()
+    odd = [
+        nn.Parameter(base[:, ::2]),
+        nn.Parameter(torch.linspace(0, 1, 12).view(3, 4).t()),
+        nn.Parameter(torch.ones(3, 4)),
+    ]
+    plain = [nn.Parameter(p.detach().clone(memory_format=torch.contiguous_format)) for p in odd]
+    ours = Muon([{"params": odd, "rule": "adamw", "lr": 0.01, "weight_decay": 0.1}])
+    peer = torch.optim.AdamW(plain, lr=0.01, weight_decay=0.1, betas=(0.9, 0.95))
+    for step in range(3):
+        for number, (mine, theirs) in enumerate(zip(odd, plain, strict=True)):
+            theirs.grad = torch.sin(theirs.detach() * (step + 1 + number))
+            mine.grad = theirs.grad.t().contiguous().t()
+        ours.step()
+        peer.step()
+    for mine, theirs in zip(odd, plain, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-7, rtol=1e-6)
+    assert torch.equal(base[:, 1::2], untouched)
+
+
+def test_norms_of_a_failed_check_are_not_used():
+    weight = nn.Parameter(torch.ones(4, 4))
+    optimizer = Muon([("w", weight)])
+    weight.grad = torch.ones(4, 4)
+    optimizer.clip_gradients()
+    weight.grad = torch.full((4, 4), float("nan"))
+    for attempt in (optimizer.clip_gradients, optimizer.step):
+        with pytest.raises(UserError, match="non-finite gradient in w"):
+            attempt()
+    assert not optimizer.state[weight]["momentum_buffer"].any()
+
+
+def test_refuses_groups_of_one_name_and_impossible_numbers():
+    first, second = parameters()[:2]
+    with pytest.raises(UserError, match="two parameter groups are named '0'"):
+        Muon([{"params": [first]}, {"params": [second], "name": "0"}])
+    for options in (
+        {"lr": -1.0},
+        {"lr": math.nan},
+        {"momentum": 1.5},
+        {"betas": (1.0, 0.9)},
+        {"eps": -1.0},
+        {"depth": -1},
+    ):
+        with pytest.raises(UserError, match=next(iter(options))):
+            Muon([first], **options)
