@@ -66,7 +66,8 @@ def _lost_ranks(world: World, run: RunDirectory) -> Iterator[None]:
         if not any(text in str(error) for text in ("closed by peer", "reset by peer", "Broken pipe", "Timed out")):
             raise
         raise UserError(
-            f"rank {world.rank}: another rank has ended or hangs; its message says why, see also {run.path / 'logs'}"
+            f"rank {world.rank}: another rank has ended or hangs, and its message says why; see also "
+            f"{run.path / 'logs'}"
         ) from error
 
 
