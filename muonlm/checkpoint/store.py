@@ -134,7 +134,8 @@ def _make_room(folder: Path, temporary: Path, state: dict[str, Any]) -> None:
     for left_over in folder.glob(_TEMPORARY + "*"):
         shutil.rmtree(left_over)
     temporary.mkdir()
-    needed = sum(t.size().numel() * t.dtype.itemsize for t in _tensors(state))  # of logical tensors, all ranks' parts
+    with _quiet():
+        needed = sum(t.size().numel() * t.dtype.itemsize for t in _tensors(state))  # logical tensors: all ranks' parts
     free = shutil.disk_usage(folder).free
     if free < needed * 1.02 + 2**20:
         raise OSError(errno.ENOSPC, f"the checkpoint needs {needed / 2**20:,.0f} MiB, {free / 2**20:,.0f} MiB are free")
@@ -257,4 +258,6 @@ def _quiet() -> Iterator[None]:
     """Without the warning that one process is enough for torch.distributed.checkpoint."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+        # It is what state that lies whole on owners is given to torch.distributed.checkpoint as.
+        warnings.filterwarnings("ignore", message="Please use DTensor instead", category=FutureWarning)
         yield

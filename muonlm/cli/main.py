@@ -46,12 +46,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _error_text(command: str, message: str) -> str:
-    """The whole message on rank 0; one line on the others, which mostly find the same mistake, but not always.
+    """The message as it is on rank 0; in one line on the others, which mostly find the same mistake, but not always.
 
     With its line break in one text, so that ranks that write at the same time do not mix.
     """
     rank = os.environ.get("RANK", "0")
     if rank == "0":
         return f"muonlm {command}: error\n{message}\n"
-    first_line = message.partition("\n")[0]
-    return f"muonlm {command}: error on rank {rank}: {first_line}\n"
+    return f"muonlm {command}: error on rank {rank}: {' '.join(message.split())}\n"

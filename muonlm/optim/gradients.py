@@ -79,8 +79,8 @@ def agree_and_clip(
     loss scaler) has found the gradients of this rank to be not finite. One host synchronisation.
 
     Raises on all ranks alike, before anything is changed: UserError where ranks have other parameters or options, where
-    only some have a gradient, or where gradients of what all ranks hold differ (in norm, by more than 1 %), as they
-    do when they were not averaged; NonFiniteGradient unless `skip_non_finite`.
+    only some have a gradient, where no parameter has any, or where gradients of what all ranks hold differ (in norm, by
+    more than 1 %), as they do when they were not averaged; NonFiniteGradient unless `skip_non_finite`.
     """
     shards = [shard for group in groups for shard in group.shards]
     grads = {id(shard): shard.grad() for shard in shards}
@@ -99,6 +99,11 @@ def agree_and_clip(
         is_bad = bool(agreed[4])
     else:
         is_bad = bool(bad) or overflow
+    if shards and not present:
+        raise UserError(
+            "no parameter of this optimizer has a gradient: was it built before fully_shard, was gradient "
+            "synchronisation off in the last backward pass, or was there none? Nothing was updated"
+        )
     if is_bad:
         if skip_non_finite:
             return GradNorms(math.nan, {group.name: math.nan for group in groups}, 1.0, is_skipped=True)

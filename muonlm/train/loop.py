@@ -74,7 +74,7 @@ def _lost_ranks(world: World, run: RunDirectory) -> Iterator[None]:
 def _train(config: TrainConfig, world: World, run: RunDirectory, stop: StopSignals) -> RunStatus:
     parts = build(config, world, run.recorded)
     progress = _restore(parts, run)
-    _show_rules(parts)
+    _show_rules(parts, run)
     with _open_tracker(parts, run, progress) as tracker:
         run.begin(parts.environment, parts.rules)
         run.update("running", progress)
@@ -104,10 +104,13 @@ def _train(config: TrainConfig, world: World, run: RunDirectory, stop: StopSigna
         return run.end("finished", progress)
 
 
-def _show_rules(parts: Parts) -> None:
+def _show_rules(parts: Parts, run: RunDirectory) -> None:
+    """The rules, and of the exchange plan its first line: rules.txt has a line for each matrix."""
     if parts.world.is_main and parts.config.track.console:
+        rules, title, plan = parts.rules.partition("exchange plan:")
+        where = f"; each matrix: {run.path / 'rules.txt'}" if plan else ""
         with suppress(OSError):  # a terminal or pipe that has gone is no reason to stop the run
-            print(parts.rules, flush=True)
+            print(rules + title + plan.partition("\n")[0] + where, flush=True)
 
 
 def _is_due(step: int, interval: int) -> bool:

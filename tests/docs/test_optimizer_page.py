@@ -5,23 +5,31 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
 import torch
+from torch.distributed.tensor import DTensor
 
 PAGE = (Path(__file__).parents[2] / "docs" / "optimizer.md").read_text()
 
 
-def own_loop() -> str:
-    blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    return next(block for block in blocks if "ZeroDataParallel" in block)
+def block(word: str) -> str:
+    return next(b for b in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if word in b)
 
 
-def test_own_loop_runs_on_ranks(run_ranks) -> None:
-    def run(rank: int, size: int) -> list[torch.Tensor]:
-        torch.manual_seed(0 if size == 1 else rank)
-        names: dict[str, object] = {}
-        exec(compile(own_loop(), "optimizer.md", "exec"), names)
-        return [p.detach() for p in names["model"].parameters()]  # type: ignore[attr-defined]
+def run(word: str, rank: int) -> list[torch.Tensor]:
+    torch.manual_seed(rank)
+    names: dict[str, object] = {}
+    exec(compile(block(word), "optimizer.md", "exec"), names)
+    params = names["model"].parameters()  # type: ignore[attr-defined]
+    return [(p.full_tensor() if isinstance(p, DTensor) else p).detach().clone() for p in params]
 
-    first, second = run_ranks(run, 2)
+
+@pytest.mark.parametrize("word", ["ZeroDataParallel", "fully_shard"])
+def test_own_loop_runs_on_ranks(run_ranks, word) -> None:
+    first, second = run_ranks(lambda rank, size: run(word, rank), 2)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    assert all(weight.isfinite().all() for weight in run(0, 1))
+    assert all(weight.isfinite().all() for weight in first)
+
+
+def test_own_zero_loop_runs_on_one_process() -> None:
+    assert all(weight.isfinite().all() for weight in run("ZeroDataParallel", 0))

@@ -264,7 +264,7 @@ def test_a_parameter_without_gradient_on_all_ranks_is_left_alone(run_ranks, layo
             if step == 1:
                 params[1].grad = params[3].grad = None
             elif step == 2:
-                for param in params:
+                for param in params[1:]:
                     param.grad = None
             alone = [p for p in params if p.grad is None]
             before = snapshot(alone, optimizer)
@@ -319,3 +319,15 @@ def test_gradients_that_were_not_averaged_stop_all(run_ranks, layouts) -> None:
     assert results[0][0].startswith("w1, which every rank holds, has a gradient of norm")
     assert "average gradients over the ranks" in results[0][0]
     assert results[0][1]
+
+
+def test_a_step_without_any_gradient_is_an_error_on_all_ranks(run_ranks) -> None:
+    """An optimizer that was built before the model was sharded would train nothing, silently."""
+
+    def run(rank: int, size: int) -> str:
+        optimizer = Muon([("w", torch.nn.Parameter(torch.ones(4, 4)))])
+        with pytest.raises(UserError) as error:
+            optimizer.step()
+        return str(error.value)
+
+    assert all("no parameter of this optimizer has a gradient" in message for message in run_ranks(run, 2))

@@ -83,5 +83,8 @@ def test_the_rules_are_shown_and_kept(make_config, capsys) -> None:
     config = make_config(**{"loop.steps": 4, "schedule.warmup_steps": 0, "track.console": True})
     train(config)
     table = Path(config.resolved_run_dir, "rules.txt").read_text()
-    assert table in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    rules, _, plan = table.partition("exchange plan: ")
+    assert rules in shown
+    assert plan.splitlines()[0] + f"; each matrix: {config.resolved_run_dir}/rules.txt" in shown
     assert "model.layers.0.mlp.up_proj.weight 64x32: " in table.split("exchange plan: 14 matrices on 1 rank")[1]

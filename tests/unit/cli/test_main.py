@@ -170,7 +170,10 @@ def test_user_errors_are_printed_once_and_exit_with_2(
     )
     monkeypatch.setenv("RANK", "3")
     assert main(["train", "smoke", "optim.lrr=1"]) == 2
-    assert capsys.readouterr().err == "muonlm train: error on rank 3: smoke: 1 problem\n"
+    assert capsys.readouterr().err == (
+        "muonlm train: error on rank 3: smoke: 1 problem "
+        "command line: optim.lrr = 1 unknown key; did you mean optim.lr?\n"
+    )
 
 
 def test_faults_of_the_program_keep_their_traceback(put_module: Callable[..., None]) -> None:
