@@ -11,183 +11,20 @@ and frees gradients as their bucket leaves, so that no rank keeps more than a bu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.distributed._shard.sharded_tensor import Shard as TensorPart
-from torch.distributed._shard.sharded_tensor import ShardedTensor, ShardedTensorMetadata, TensorProperties
-from torch.distributed._shard.sharding_spec import ShardMetadata
 from torch.distributed.tensor import DTensor
 
 from muonlm.config.errors import UserError
 from muonlm.dist import collectives
-from muonlm.dist.collectives import Pending
-from muonlm.optim.buckets import Bucket, Entry, Item, item_of, plan_buckets
+from muonlm.optim.buckets import Bucket, Item, item_of, plan_buckets
 from muonlm.optim.groups import stack_shape
-from muonlm.optim.layout import Layout, blocks_of_range, flat_ranges
-
-
-@dataclass
-class ZeroShard:
-    """The part of a parameter that lies in this rank's slot of its bucket, flat; empty where another rank owns it."""
-
-    name: str
-    param: torch.Tensor
-    layout: Layout
-    pinned: bool
-    bucket: _Live
-    part: slice
-    ranges: tuple[tuple[int, int, int], ...]
-
-    def local(self) -> torch.Tensor:
-        """The values in this rank's slot."""
-        return self.bucket.own[self.part]
-
-    def grad(self) -> torch.Tensor | None:
-        """Their averaged gradient; None where this rank's backward passes gave the parameter none."""
-        if self.name not in self.bucket.with_grad or self.bucket.grads is None:
-            return None
-        return self.bucket.grads[self.part]
-
-    def state_like(self) -> torch.Tensor:
-        """The values in this rank's slot."""
-        return self.local()
-
-    def local_state(self, state: torch.Tensor) -> torch.Tensor:
-        """The state itself: it is kept where the values are."""
-        return state
-
-    def logical(self, state: torch.Tensor) -> Any:
-        """State as a tensor of the parameter's shape whose parts lie on their owners, for distributed checkpoints."""
-        if state.ndim == 0:
-            return state
-        shape, offset = self.param.shape, 0
-        parts, metadata = [], []
-        for rank, begin, end in self.ranges:
-            for start, size in blocks_of_range(shape, begin, end):
-                data = ShardMetadata(list(start), list(size), f"rank:{rank}/{state.device}")
-                metadata.append(data)
-                if rank == collectives.rank():
-                    numel = torch.Size(size).numel()
-                    parts.append(TensorPart(state[offset : offset + numel].view(size), data))
-                    offset += numel
-        whole = ShardedTensorMetadata(metadata, shape, TensorProperties(dtype=state.dtype))
-        return ShardedTensor._init_from_local_shards_and_global_metadata(parts, whole)
-
-
-class _Live:
-    """A bucket at work: the values of all slots, this rank's gradients, and what is on its way."""
-
-    def __init__(self, plan: Bucket, params: Mapping[int, tuple[str, nn.Parameter]]) -> None:
-        self.params = params
-        first = next(iter(params.values()))[1]
-        self.values = first.detach().new_zeros(plan.slot * collectives.world_size())
-        rank = collectives.rank()
-        self.own = self.values[rank * plan.slot : (rank + 1) * plan.slot]
-        self.entries: dict[int, list[Entry]] = {item: [] for item in params}
-        self._parts: dict[int, list[tuple[slice, slice]]] = {item: [] for item in params}
-        for entry in plan.entries:
-            begin = entry.rank * plan.slot + entry.offset
-            places = slice(entry.begin, entry.end), slice(begin, begin + entry.end - entry.begin)
-            self.entries[entry.item].append(entry)
-            self._parts[entry.item].append(places)
-        self.grads: torch.Tensor | None = None
-        self.with_grad: set[str] = set()
-        self._waiting = set(params)
-        self._send: torch.Tensor | None = None
-        self._pending: tuple[Pending, torch.Tensor] | None = None
-
-    @torch.no_grad()
-    def adopt(self) -> None:
-        """Move rank 0's values in here. A parameter that is not cut becomes a view, the others keep copies."""
-        for item in self.params:
-            self._read(item)
-        collectives.broadcast(self.values)
-        for item, parts in self._parts.items():
-            if len(parts) == 1:
-                param = self.params[item][1]
-                param.data = self.values[parts[0][1]].view(param.shape)
-        self.copy_out()
-
-    @torch.no_grad()
-    def copy_in(self) -> None:
-        """Take the values of the parameters that are no views (any more), after something else has written them."""
-        for item, parts in self._parts.items():
-            param = self.params[item][1]
-            if len(parts) > 1:
-                self._read(item)
-            elif parts and param.data_ptr() != (view := self.values[parts[0][1]]).data_ptr():
-                if (param.dtype, param.device) != (view.dtype, view.device):
-                    name = self.params[item][0]
-                    raise UserError(
-                        f"{name} became {param.dtype} on {param.device} after ZeRO was built; build it anew"
-                    )
-                self._read(item)
-                param.data = view.view(param.shape)
-
-    @torch.no_grad()
-    def copy_out(self) -> None:
-        """Give the parameters that are no views their values."""
-        for item, parts in self._parts.items():
-            if len(parts) > 1:
-                target = self.params[item][1].data.view(-1)
-                for inside, place in parts:
-                    target[inside] = self.values[place]
-
-    def _read(self, item: int) -> None:
-        source = self.params[item][1].detach().reshape(-1)
-        for inside, place in self._parts[item]:
-            self.values[place] = source[inside]
-
-    def take(self, item: int) -> None:
-        """Copy a parameter's gradient into what will be sent, and free it."""
-        name, param = self.params[item]
-        assert param.grad is not None
-        if self._send is None:
-            self._send = torch.zeros_like(self.values)
-        source = param.grad.reshape(-1)
-        for inside, place in self._parts[item]:
-            self._send[place] = source[inside]
-        param.grad = None
-        self.with_grad.add(name)
-        self._waiting.discard(item)
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether every parameter has given its gradient since the last reduction."""
-        return not self._waiting
-
-    @property
-    def is_begun(self) -> bool:
-        """Whether any parameter has."""
-        return self._send is not None
-
-    def reduce(self) -> None:
-        """Start to average the gradients; parameters that gave none count as zero. One reduce_scatter."""
-        self.collect()
-        send = self._send if self._send is not None else torch.zeros_like(self.values)
-        received = torch.empty_like(self.own)
-        self._pending = collectives.start_reduce_scatter(received, send, "avg"), received
-        self._send, self._waiting = None, set(self.params)
-
-    def collect(self) -> None:
-        """Wait for what was reduced and add it to this rank's gradients."""
-        if self._pending is None:
-            return
-        pending, received = self._pending
-        pending.wait()
-        self._pending = None
-        self.grads = received if self.grads is None else self.grads.add_(received)
-
-    def forget(self) -> None:
-        """Drop gradients, those on their way too."""
-        self.collect()
-        self.grads, self._send, self._waiting = None, None, set(self.params)
-        self.with_grad.clear()
+from muonlm.optim.layout import flat_ranges
+from muonlm.optim.zero_bucket import LiveBucket, ZeroShard
 
 
 class ZeroDataParallel(nn.Module):
@@ -222,7 +59,7 @@ class ZeroDataParallel(nn.Module):
         items = [item_of(p.shape, has_matrices=name in matrices, is_stack=name in stacks) for name, p in named]
         numel = max(1, bucket_bytes // named[0][1].element_size())
         self.plan = plan_buckets(items, collectives.world_size(), numel, steps)
-        self._buckets: list[_Live] = []
+        self._buckets: list[LiveBucket] = []
         self._shards: dict[torch.Tensor, ZeroShard] = {}
         self._is_synced, self._next, self._num_reductions = True, 0, 0
         self._is_queued, self._is_used = False, False
@@ -238,7 +75,7 @@ class ZeroDataParallel(nn.Module):
 
     def _add(self, bucket: Bucket, items: list[Item], named: list[tuple[str, nn.Parameter]]) -> None:
         members = {item: named[item] for item in sorted({entry.item for entry in bucket.entries})}
-        live, number = _Live(bucket, members), len(self._buckets)
+        live, number = LiveBucket(bucket, members), len(self._buckets)
         live.adopt()
         self._buckets.append(live)
         for item, (name, param) in members.items():
