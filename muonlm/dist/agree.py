@@ -43,3 +43,15 @@ def on_main(function: Callable[[], T]) -> T:
             value = function()
     result: T = collectives.broadcast_object(value)
     return result
+
+
+def first_difference(every: list[list[str]]) -> tuple[int, str] | None:
+    """Of the ranks' lists, the first rank whose list is not that of rank 0, and where they part; None if all are equal."""
+    rank = next((rank for rank, lines in enumerate(every) if lines != every[0]), None)
+    if rank is None:
+        return None
+    for mine, theirs in zip(every[0], every[rank], strict=False):
+        if mine != theirs:
+            return rank, f"rank 0 has {mine}, rank {rank} {theirs}"
+    more, fewer = (rank, 0) if len(every[rank]) > len(every[0]) else (0, rank)
+    return rank, f"rank {more} also has {every[more][len(every[fewer])]}"

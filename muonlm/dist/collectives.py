@@ -60,15 +60,6 @@ def all_reduce(tensor: torch.Tensor, op: Op = "sum", group: Group = None, *, kin
     return tensor
 
 
-def all_gather_into(output: torch.Tensor, input: torch.Tensor) -> None:
-    """Concatenate every rank's `input` (same shape on all) into `output` (world_size times as long)."""
-    if is_active():
-        with _counted("all_gather", input):
-            _all_gather(output, input)
-    else:
-        output.copy_(input)
-
-
 def broadcast(tensor: torch.Tensor, src: int = 0) -> torch.Tensor:
     """Overwrite `tensor` with that of rank `src` and return it."""
     if is_active():
@@ -104,36 +95,35 @@ class Pending:
 
 
 def start_all_to_all(
-    output: torch.Tensor, input: torch.Tensor, output_sizes: list[int], input_sizes: list[int], group: Group = None
+    output: torch.Tensor, input: torch.Tensor, output_sizes: list[int], input_sizes: list[int]
 ) -> Pending:
-    """Send consecutive parts of flat `input`, of `input_sizes` elements, to the ranks of `group` in order.
+    """Send consecutive parts of flat `input`, of `input_sizes` elements, to the ranks in order.
 
     `output` receives the parts of `output_sizes` elements from the ranks in order. Counts the bytes for other ranks.
     """
-    here = dist.get_rank(group)
     with _counted("all_to_all", None):
-        work = dist.all_to_all_single(output, input, output_sizes, input_sizes, group=group, async_op=True)
-    _COUNTS["all_to_all"]["bytes"] += (sum(input_sizes) - input_sizes[here]) * input.element_size()
+        work = dist.all_to_all_single(output, input, output_sizes, input_sizes, async_op=True)
+    _COUNTS["all_to_all"]["bytes"] += (sum(input_sizes) - input_sizes[rank()]) * input.element_size()
     return Pending("all_to_all", work, output, input)
 
 
-def start_all_gather(output: torch.Tensor, input: torch.Tensor, group: Group = None) -> Pending:
-    """As `all_gather_into`, without waiting for it."""
+def start_all_gather(output: torch.Tensor, input: torch.Tensor) -> Pending:
+    """Concatenate every rank's `input` (same shape on all) into `output` (world_size times as long)."""
     if not is_active():
         output.copy_(input)
         return Pending("all_gather", None)
     with _counted("all_gather", input):
-        work = _all_gather(output, input, group=group, async_op=True)
+        work = _all_gather(output, input, async_op=True)
     return Pending("all_gather", work, output, input)
 
 
-def start_reduce_scatter(output: torch.Tensor, input: torch.Tensor, op: Op = "sum", group: Group = None) -> Pending:
+def start_reduce_scatter(output: torch.Tensor, input: torch.Tensor, op: Op = "sum") -> Pending:
     """Reduce `input` over the ranks and give each an equal part of it, in rank order. Counts the bytes of `input`."""
     if not is_active():
         output.copy_(input)
         return Pending("reduce_scatter", None)
     with _counted("reduce_scatter", input):
-        work = _reduce_scatter(output, input, op=_OPS[op], group=group, async_op=True)
+        work = _reduce_scatter(output, input, op=_OPS[op], async_op=True)
     return Pending("reduce_scatter", work, output, input)
 
 

@@ -16,6 +16,7 @@ import torch
 
 from muonlm.config.errors import UserError
 from muonlm.dist import collectives
+from muonlm.dist.agree import first_difference
 from muonlm.dist.collectives import Group, Pending
 from muonlm.optim.pieces import Piece
 from muonlm.optim.plan import Plan, Round, Segment, Task
@@ -213,14 +214,14 @@ def _unpack(transfer: _Transfer, target: Callable[[Segment], torch.Tensor]) -> N
 
 def _check_equal(plan: Plan) -> None:
     """Raise UserError on all ranks unless all have the same plan; then the lines themselves are compared too."""
-    digests = collectives.gather_objects(plan.digest())
-    if len(set(digests)) == 1:
+    if len(set(collectives.gather_objects(plan.digest()))) == 1:
         return
-    lines = collectives.gather_objects(plan.lines())
-    rank = next(rank for rank, digest in enumerate(digests) if digest != digests[0])
-    first = next((pair for pair in zip(lines[0], lines[rank], strict=False) if pair[0] != pair[1]), None)
-    difference = f"rank 0 has {first[0]!r}, rank {rank} {first[1]!r}" if first else "one has more than the other"
+    lines = collectives.gather_objects([plan.title, *plan.lines()])
+    found = first_difference(lines)
+    assert found is not None, "the hash is that of the lines"
+    rank, difference = found
     raise UserError(
-        f"rank {rank} would orthogonalize other matrices than rank 0 ({len(lines[rank])} against {len(lines[0])}): "
-        f"{difference}. All ranks must build the same model, sharded alike, and the same optimizer"
+        f"rank {rank} would orthogonalize other matrices than rank 0 ({len(lines[rank]) - 1} against "
+        f"{len(lines[0]) - 1}): {difference}. All ranks must build the same model, sharded alike, and the same "
+        "optimizer"
     )

@@ -17,6 +17,7 @@ import torch
 
 from muonlm.config.errors import UserError
 from muonlm.dist import collectives
+from muonlm.dist.agree import first_difference
 from muonlm.optim.shards import Shard
 
 # Logarithms of norms, over all parameters, that differ by less are of the same gradients: summed in another order.
@@ -180,20 +181,15 @@ def _hash(text: str) -> int:
 
 def _raise_differing(description: Description) -> None:
     gathered = collectives.gather_objects((description.parameters, description.options))
-    rank = next(rank for rank, lines in enumerate(gathered) if lines != gathered[0])
-    every = [parameters for parameters, _ in gathered]
+    parameters = [lines for lines, _ in gathered]
     # Where the parameters are the same, it is the options.
-    pair = every if every[0] != every[rank] else [options for _, options in gathered]
-    differing = [(a, b) for a, b in zip(pair[0], pair[rank], strict=False) if a != b]
-    if differing:
-        difference = f"rank 0 has {differing[0][0]}, rank {rank} {differing[0][1]}"
-    else:
-        more, fewer = (rank, 0) if len(every[rank]) > len(every[0]) else (0, rank)
-        difference = f"rank {more} also has {every[more][len(every[fewer])]}"
+    found = first_difference(parameters) or first_difference([options for _, options in gathered])
+    assert found is not None, "the hash is that of the lines"
+    rank, difference = found
     raise UserError(
-        f"the optimizers of rank {rank} and rank 0 differ ({len(every[rank])} parameters against {len(every[0])}): "
-        f"{difference}. All ranks must build the same model, sharded alike, and the same parameter groups with the "
-        "same options, also when they add one later"
+        f"the optimizers of rank {rank} and rank 0 differ ({len(parameters[rank])} parameters against "
+        f"{len(parameters[0])}): {difference}. All ranks must build the same model, sharded alike, and the same "
+        "parameter groups with the same options, also when they add one later"
     )
 
 

@@ -120,6 +120,7 @@ class Muon(torch.optim.Optimizer):
         }
         self._depth = depth
         self._shards: dict[torch.Tensor, Shard] = {}
+        self._plan: Plan | None = None
         self._exchange: Exchange | None = None
         # What all ranks must have alike, beside the options of the groups.
         self._options = {
@@ -161,7 +162,7 @@ class Muon(torch.optim.Optimizer):
                 state["step"] = torch.zeros((), dtype=torch.float32, device=values.device)
                 state["exp_avg"] = torch.zeros_like(values)
                 state["exp_avg_sq"] = torch.zeros_like(values)
-        self._exchange = self._parameter_lines = None
+        self._plan = self._exchange = self._parameter_lines = None
 
     def _make_shard(self, name: str, param: torch.Tensor, group: dict[str, Any]) -> Shard:
         is_stack = param.ndim == 3 and not group["convolution"]
@@ -174,7 +175,9 @@ class Muon(torch.optim.Optimizer):
         return [self._shards[param] for param in group["params"]]
 
     def plan(self) -> Plan:
-        """Who orthogonalizes what, when. The same on every rank; communicates nothing."""
+        """Who orthogonalizes what, when; made once for the groups there are. The same on all ranks, without traffic."""
+        if self._plan is not None:
+            return self._plan
         shards = [shard for group in self._muon_groups() for shard in self.shards(group)]
         splits = [group["split"] for group in self._muon_groups() for _ in group["params"]]
         pieces: list[Piece] = []
@@ -182,7 +185,8 @@ class Muon(torch.optim.Optimizer):
             pieces += pieces_of(index, shard.name, shard.layout.shape, split)
         pinned = frozenset(index for index, shard in enumerate(shards) if shard.pinned)
         layouts = [shard.layout for shard in shards]
-        return make_plan(pieces, layouts, collectives.world_size(), pinned=pinned, **self._plan_options)
+        self._plan = make_plan(pieces, layouts, collectives.world_size(), pinned=pinned, **self._plan_options)
+        return self._plan
 
     @torch.no_grad()
     def clip_gradients(self, max_norm: float = 0.0) -> GradNorms:

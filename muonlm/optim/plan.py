@@ -129,6 +129,11 @@ class Plan:
             )
         return out
 
+    @property
+    def title(self) -> str:
+        """What the plan is for, in one line."""
+        return f"{self.num_ranks} ranks, {self.element_bytes} bytes, {self.steps} steps"
+
     def lines(self) -> list[str]:
         """One line a matrix: what it is, how it is held, who computes it, when."""
         return [
@@ -139,8 +144,7 @@ class Plan:
 
     def digest(self) -> str:
         """Hash of everything, to compare across ranks."""
-        text = "\n".join([f"{self.num_ranks} ranks, {self.element_bytes} bytes, {self.steps} steps", *self.lines()])
-        return hashlib.sha256(text.encode()).hexdigest()
+        return hashlib.sha256("\n".join([self.title, *self.lines()]).encode()).hexdigest()
 
     def tasks(self, index: int) -> list[Task]:
         """The tasks of a matrix, one for each rank that works on it."""

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from muonlm.config.errors import UserError
 from muonlm.dist import collectives
+from muonlm.dist.agree import first_difference
 from muonlm.optim.buckets import Bucket, Item, item_of, plan_buckets
 from muonlm.optim.groups import stack_shape
 from muonlm.optim.layout import flat_ranges
@@ -38,8 +39,8 @@ class ZeroDataParallel(nn.Module):
     gradients here: train in bfloat16 or float32.
 
     Collectives: one gather of names and shapes, and one broadcast for each bucket, frozen parameter and buffer at
-    construction; one reduce_scatter a bucket and backward pass (stage 1:
-    step); one all_gather a bucket and step. Raises UserError for parameters that cannot be laid out.
+    construction; one reduce_scatter a bucket and backward pass (stage 1: step); one all_gather a bucket and step.
+    Raises UserError for parameters that cannot be laid out, and on all ranks where their models differ.
     """
 
     def __init__(
@@ -67,9 +68,8 @@ class ZeroDataParallel(nn.Module):
         _check_names(matrices | stacks, {name for name, _ in module.named_parameters()})
         for bucket in self.plan:
             self._add(bucket, items, named)
-        for tensor in (p.data for p in module.parameters() if not p.requires_grad):
-            collectives.broadcast(tensor)
-        for tensor in module.buffers():
+        frozen = (param.data for param in module.parameters() if not param.requires_grad)
+        for tensor in (*frozen, *module.buffers()):
             collectives.broadcast(tensor)
         module.register_load_state_dict_post_hook(self._refresh)
 
@@ -214,9 +214,5 @@ def _check_names(given: set[str], known: set[str]) -> None:
 
 
 def _check_same_on_all_ranks(lines: list[str]) -> None:
-    every = collectives.gather_objects(lines)
-    for rank, other in enumerate(every):
-        if other != every[0]:
-            count = f"{len(every[0])} parameters", str(len(other))
-            mine, theirs = next((pair for pair in zip(every[0], other, strict=False) if pair[0] != pair[1]), count)
-            raise UserError(f"ZeRO: rank 0 has {mine}, rank {rank} {theirs}; all ranks must build the same model")
+    if found := first_difference(collectives.gather_objects(lines)):
+        raise UserError(f"ZeRO: {found[1]}; all ranks must build the same model")
