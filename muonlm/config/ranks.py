@@ -5,19 +5,21 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from muonlm.config.errors import UserError
-from muonlm.config.schema import TrainConfig
+from muonlm.config.schema import MoEConfig, TrainConfig
 
 
 class RankGrid(NamedTuple):
     """Numbers of ranks along each axis; rank = (replica * shard + its shard) * tensor + its place in the tensor group.
 
     `replicate` counts copies of the model, `shard` the parts that each copy is cut into by FSDP2, and `tensor` the
-    ranks that share the matrices of a layer.
+    ranks that share the matrices of a layer. Of the `shard` ranks of a copy, `expert` neighbours hold different experts
+    and send each other tokens; each expert is cut over the shard / expert of them that hold it.
     """
 
     replicate: int
     shard: int
     tensor: int
+    expert: int = 1
 
     @property
     def data(self) -> int:
@@ -50,7 +52,15 @@ def rank_grid(config: TrainConfig, world_size: int) -> RankGrid:
             f"dist.replicas {dist.replicas} does not divide the {data} {_data_ranks(config)}; take "
             f"{_either(_divisors(data))}, or another number of ranks"
         )
-    return RankGrid(dist.replicas, data // dist.replicas, dist.tensor_parallel)
+    shard = data // dist.replicas
+    if shard % dist.expert_parallel:
+        experts = config.model.num_experts if isinstance(config.model, MoEConfig) else 1
+        fitting = [n for n in _divisors(shard) if experts % n == 0]
+        raise UserError(
+            f"dist.expert_parallel {dist.expert_parallel} does not divide the {shard} {_data_ranks(config)} that a "
+            f"copy of the model is cut over; take {_either(fitting)}, or another number of ranks"
+        )
+    return RankGrid(dist.replicas, shard, dist.tensor_parallel, dist.expert_parallel)
 
 
 def micro_batch_size(config: TrainConfig, num_data_ranks: int) -> int:

@@ -9,6 +9,7 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import model_validator
 
+from muonlm.config.model import GPTConfig, ModelConfig, MoEConfig
 from muonlm.config.optim import AdamWConfig, AuxConfig, MuonConfig, NewtonSchulzConfig, OptimConfig
 from muonlm.config.section import NAME_PATTERN, Section, field
 
@@ -22,6 +23,8 @@ __all__ = [
     "EvalConfig",
     "GPTConfig",
     "LoopConfig",
+    "MoEConfig",
+    "ModelConfig",
     "MuonConfig",
     "NewtonSchulzConfig",
     "OptimConfig",
@@ -44,60 +47,6 @@ class DataConfig(Section):
     verify: Literal["auto", "always", "never"] = field(
         "auto", "Check shard checksums at start: auto checks data sets up to 1 GiB; sizes are always checked."
     )
-
-
-class GPTConfig(Section):
-    """Dense decoder with RMSNorm, rotary positions, QK-norm, grouped-query attention and SwiGLU (Qwen3)."""
-
-    kind: Literal["gpt"] = field("gpt", "Model family.")
-    vocab_size: int | None = field(
-        None, "Number of token ids: that of the data when unset, at least that when set (padding).", ge=2
-    )
-    num_layers: int = field(4, "Decoder blocks.", ge=1)
-    hidden_size: int = field(128, "Width of the residual stream.", ge=2)
-    intermediate_size: int = field(384, "Width of the SwiGLU hidden layer.", ge=1)
-    num_heads: int = field(4, "Query heads.", ge=1)
-    num_kv_heads: int | None = field(None, "Key and value heads; equal to num_heads when unset.", ge=1)
-    head_dim: int | None = field(None, "Width of one head; hidden_size / num_heads when unset.", ge=2)
-    rope_theta: float = field(10_000.0, "Base of the rotary frequencies.", gt=0)
-    rms_norm_eps: float = field(1e-6, "Added to the mean square in RMSNorm.", gt=0)
-    tie_embeddings: bool = field(False, "Share the input embedding with the output head.")
-    init_std: float = field(0.02, "Standard deviation of the normal initialisation.", gt=0)
-    attention: Literal["auto", "matmul", "sdpa"] = field(
-        "auto", "Attention implementation: auto takes matmul on CPU and scaled_dot_product_attention on GPU."
-    )
-
-    @model_validator(mode="after")
-    def _heads_fit(self) -> Self:
-        if self.head_dim is None and self.hidden_size % self.num_heads:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}; "
-                "change one of them or set head_dim"
-            )
-        if self.resolved_head_dim % 2:
-            raise ValueError(f"head_dim {self.resolved_head_dim} is odd; rotary positions need an even one")
-        if self.num_heads % self.resolved_kv_heads:
-            raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
-        return self
-
-    @property
-    def resolved_head_dim(self) -> int:
-        """Width of one head."""
-        return self.head_dim or self.hidden_size // self.num_heads
-
-    @property
-    def resolved_kv_heads(self) -> int:
-        """Number of key and value heads."""
-        return self.num_kv_heads or self.num_heads
-
-    def undivided_by(self, size: int) -> list[str]:
-        """What tensor parallelism over `size` ranks would have to divide and does not, with its value."""
-        divided = {
-            "model.num_heads": self.num_heads,
-            "model.num_kv_heads": self.resolved_kv_heads,
-            "model.intermediate_size": self.intermediate_size,
-        }
-        return [f"{name} {value}" for name, value in divided.items() if value % size]
 
 
 class ScheduleConfig(Section):
@@ -128,6 +77,12 @@ class LoopConfig(Section):
     precision: Literal["auto", "bfloat16", "float32"] = field(
         "auto", "Autocast dtype of the forward pass: auto takes bfloat16 where the device multiplies it fast."
     )
+    activation_checkpointing: Literal["none", "selective", "full"] = field(
+        "none",
+        "What each block computes anew in the backward pass to save memory: nothing; all but its matrix products and "
+        "attention; everything.",
+    )
+    compile: bool = field(False, "Compile each block with torch.compile: minutes at the start, faster steps on a GPU.")
     threads: int = field(0, "CPU threads of each rank; 0 leaves the library's choice.", ge=0)
     device: Literal["auto", "cpu", "cuda"] = field("auto", "Device: auto takes CUDA where there is one.")
 
@@ -183,6 +138,17 @@ class DistConfig(Section):
     tensor_parallel: int = field(
         1, "Ranks that share the matrices of each layer; with other ranks beside them it needs zero = 3.", ge=1
     )
+    expert_parallel: int = field(
+        1,
+        "Ranks, of those that a model is cut over, that hold different experts and send each other their tokens; "
+        "needs zero = 3.",
+        ge=1,
+    )
+    gather_dtype: Literal["auto", "float32", "bfloat16"] = field(
+        "auto",
+        "Dtype in which zero = 3 gathers parameters for forward and backward pass; gradients are averaged in float32. "
+        "auto takes bfloat16 on GPUs where loop.precision comes out as that.",
+    )
     reshard_after_forward: bool = field(
         True, "Whether a block's gathered parameters are freed between forward and backward pass (zero = 3)."
     )
@@ -195,6 +161,14 @@ class DistConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _experts_are_cut(self) -> Self:
+        if self.expert_parallel > 1 and self.zero != 3:
+            raise ValueError(
+                f"expert_parallel {self.expert_parallel} needs zero = 3: it takes ranks that the model is cut over"
+            )
+        return self
+
 
 class TrainConfig(Section):
     """One training run."""
@@ -203,7 +177,7 @@ class TrainConfig(Section):
     seed: int = field(0, "Seeds the initialisation and the data order.", ge=0, lt=2**63)
     run_dir: str | None = field(None, "Run directory; runs/<name> when unset.")
     data: DataConfig = field(..., "Token shards.")
-    model: GPTConfig = field(GPTConfig(), "Model.")
+    model: ModelConfig = field(GPTConfig(), "Model.")
     optim: OptimConfig = field(MuonConfig(), "Optimizer.")
     schedule: ScheduleConfig = field(ScheduleConfig(), "Learning-rate schedule.")
     loop: LoopConfig = field(..., "Budget, batch, precision.")
@@ -223,6 +197,29 @@ class TrainConfig(Section):
             raise ValueError(
                 f"schedule.warmup_steps {self.schedule.warmup_steps} is more than the {self.num_steps} steps of the "
                 "run; lower it or raise the budget"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _context_fits(self) -> Self:
+        if self.data.seq_len > self.model.max_seq_len:
+            raise ValueError(
+                f"data.seq_len {self.data.seq_len} is more than model.max_seq_len {self.model.max_seq_len}, the "
+                "longest context that the rotary positions are meant for; shorten the sequences, or raise max_seq_len "
+                "and with it rope_theta"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _expert_parallel_fits(self) -> Self:
+        size = self.dist.expert_parallel
+        if size > 1 and not isinstance(self.model, MoEConfig):
+            raise ValueError(f'dist.expert_parallel {size} needs a model with experts: model.kind = "moe"')
+        if isinstance(self.model, MoEConfig) and self.model.num_experts % size:
+            fitting = [str(n) for n in range(1, self.model.num_experts + 1) if self.model.num_experts % n == 0]
+            raise ValueError(
+                f"dist.expert_parallel {size} does not divide model.num_experts {self.model.num_experts}; "
+                f"what does: {', '.join(fitting)}"
             )
         return self
 

@@ -50,7 +50,7 @@ class Mesh:
 
         None where there is nothing to cut. Replicas of a tensor-parallel model come here too, one shard each.
         """
-        replicate, shard, tensor = self.grid
+        replicate, shard, tensor, _ = self.grid
         if self.devices is None or (shard == 1 and (replicate == 1 or tensor == 1)):
             return None
         return self.devices["replicate", "shard"] if replicate > 1 else self.devices["shard"]
@@ -65,7 +65,7 @@ def make_mesh(config: TrainConfig, world: World) -> Mesh:
     grid = rank_grid(config, world.size)
     if grid.shard == grid.tensor == 1:
         return Mesh(grid, world.rank, world.device)
-    devices = init_device_mesh(world.device.type, tuple(grid), mesh_dim_names=AXES)
+    devices = init_device_mesh(world.device.type, tuple(grid)[:3], mesh_dim_names=AXES)
     # torch gives new groups its own timeout, of up to half an hour, rather than that of the group of all ranks.
     for group in devices.get_all_groups():
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=config.dist.timeout_s), group)

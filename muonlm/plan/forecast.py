@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from muonlm.config.ranks import micro_batch_size, rank_grid
 from muonlm.config.schema import GPTConfig, MuonConfig, TrainConfig
-from muonlm.model.flops import count_parameters, flops_per_token, hidden_matrices
+from muonlm.model.flops import block_matrices, count_parameters, flops_per_token
 from muonlm.optim.pieces import Piece
 from muonlm.plan.matrices import muon_matrices
 
@@ -145,8 +145,8 @@ def _probability_columns(seq_len: int) -> int:
 
 def _joint_projection(model: GPTConfig) -> int:
     """Weights of the three projections that the forward pass concatenates."""
-    shapes = hidden_matrices(model)
-    names = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    shapes = block_matrices(model, 0)
+    names = ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight")
     return model.num_layers * sum(shapes[name][0] * shapes[name][1] for name in names)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from muonlm.config.errors import UserError
 from muonlm.config.optim import MuonConfig, Role
 from muonlm.config.schema import TrainConfig
-from muonlm.model.flops import hidden_matrices
+from muonlm.model.flops import block_matrices
 from muonlm.optim.pieces import Piece, pieces_of
 from muonlm.optim.select import is_selected, split_of
 
@@ -36,7 +36,7 @@ def muon_matrices(config: TrainConfig, vocab_size: int) -> list[Piece]:
 def _matrices(config: TrainConfig, vocab_size: int) -> Iterator[tuple[str, Role, tuple[int, int]]]:
     """Name, role and shape of every linear layer's weight."""
     for layer in range(config.model.num_layers):
-        for name, shape in hidden_matrices(config.model).items():
-            yield f"model.layers.{layer}.{name}.weight", "hidden", shape
+        for name, shape in block_matrices(config.model, layer).items():
+            yield f"model.layers.{layer}.{name}", "hidden", shape  # type: ignore[misc]
     if not config.model.tie_embeddings:
         yield "lm_head.weight", "head", (vocab_size, config.model.hidden_size)

@@ -28,7 +28,7 @@ from muonlm.config.errors import UserError
 from muonlm.config.load import validate
 from muonlm.config.schema import TrainConfig
 from muonlm.model.build import build_model
-from muonlm.model.flops import hidden_matrices
+from muonlm.model.flops import block_matrices, is_router
 
 MEASURES = ("effective_rank", "stable_rank", "update_effective_rank", "update_stable_rank")
 
@@ -79,9 +79,10 @@ def _measure(run_dir: Path) -> dict[str, Any]:
     if checkpoint is None:
         raise UserError(f"{run_dir} has no complete checkpoint; a run writes one at its end")
     names = {
-        f"model.layers.{layer}.{kind}.weight": kind.rsplit(".", 1)[-1]
+        f"model.layers.{layer}.{name}": name.removesuffix(".weight").rsplit(".", 1)[-1]
         for layer in range(config.model.num_layers)
-        for kind in hidden_matrices(config.model)
+        for name, shape in block_matrices(config.model, layer).items()
+        if len(shape) == 2 and not is_router(name)
     }
     stored: dict[str, Any] = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
     vocab_size = stored["model.model.embed_tokens.weight"].size[0]

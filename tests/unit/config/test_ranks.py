@@ -16,7 +16,14 @@ def _config(model: dict[str, Any] | None = None, loop: dict[str, Any] | None = N
     raw = {
         "name": "x",
         "data": {"path": "nowhere"},
-        "model": {"num_heads": 12, "num_kv_heads": 4, "intermediate_size": 96, "head_dim": 8, **(model or {})},
+        "model": {
+            "kind": "gpt",
+            "num_heads": 12,
+            "num_kv_heads": 4,
+            "intermediate_size": 96,
+            "head_dim": 8,
+            **(model or {}),
+        },
         "loop": {"steps": 20, "batch_size": 24, **(loop or {})},
         "dist": dist,
     }

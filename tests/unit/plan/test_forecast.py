@@ -50,8 +50,11 @@ def test_counts_by_hand() -> None:
         "embedding": 4800,
         "head": 4800,
         "hidden": hidden,
+        "experts": 0,
+        "router": 0,
         "norm": norm,
         "total": hidden + norm + 9600,
+        "active": hidden + norm + 9600,
     }
     total = plan.parameters["total"]
     assert (plan.steps, plan.tokens, plan.micro_steps) == (10, 10 * 8 * 32, 2)
