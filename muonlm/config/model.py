@@ -29,6 +29,12 @@ class GPTConfig(Section):
     rms_norm_eps: float = field(1e-6, "Added to the mean square in RMSNorm.", gt=0)
     tie_embeddings: bool = field(False, "Share the input embedding with the output head.")
     init_std: float = field(0.02, "Standard deviation of the normal initialisation.", gt=0)
+    base_width: int | None = field(
+        None,
+        "hidden_size at which init_std and the learning rates were tuned: both are carried over to hidden_size (muP, "
+        "docs/transfer.md). They hold as they are when unset.",
+        ge=2,
+    )
     activation: Literal["silu", "relu2"] = field(
         "silu", "Of the feed-forward layers: silu, or relu2, the square of the positive part (arXiv:2109.08668)."
     )
@@ -57,6 +63,27 @@ class GPTConfig(Section):
         if self.num_heads % self.resolved_kv_heads:
             raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
         return self
+
+    @model_validator(mode="after")
+    def _width_transfers(self) -> Self:
+        if self.base_width is None:
+            return self
+        if self.tie_embeddings:
+            raise ValueError(
+                "base_width needs tie_embeddings = false: with the width, the learning rate of a head falls and that "
+                "of an embedding stays, so that one table cannot have both"
+            )
+        if self.head_dim is None:
+            raise ValueError(
+                f"base_width needs head_dim, the same as at width {self.base_width}: width is added in heads, and a "
+                "head of another size would need another learning rate"
+            )
+        return self
+
+    @property
+    def width_ratio(self) -> float:
+        """hidden_size / base_width, 1 where base_width is unset."""
+        return self.hidden_size / self.base_width if self.base_width else 1.0
 
     @property
     def resolved_head_dim(self) -> int:

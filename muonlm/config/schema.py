@@ -176,6 +176,11 @@ class TrainConfig(Section):
     name: str = field(..., "Name of the run.", min_length=1, pattern=NAME_PATTERN)
     seed: int = field(0, "Seeds the initialisation and the data order.", ge=0, lt=2**63)
     run_dir: str | None = field(None, "Run directory; runs/<name> when unset.")
+    init_from: str | None = field(
+        None,
+        "Directory of a model (Qwen3, Qwen3-MoE, GLM-4-MoE) whose weights the run starts from, as `muonlm export` "
+        "writes it; `muonlm import` prints the model table that goes with it.",
+    )
     data: DataConfig = field(..., "Token shards.")
     model: ModelConfig = field(GPTConfig(), "Model.")
     optim: OptimConfig = field(MuonConfig(), "Optimizer.")

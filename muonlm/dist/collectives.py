@@ -60,6 +60,29 @@ def all_reduce(tensor: torch.Tensor, op: Op = "sum", group: Group = None, *, kin
     return tensor
 
 
+def all_to_all(
+    output: torch.Tensor,
+    input: torch.Tensor,
+    output_sizes: list[int] | None = None,
+    input_sizes: list[int] | None = None,
+    *,
+    group: Group,
+    kind: str = "all_to_all",
+) -> torch.Tensor:
+    """Send consecutive rows of `input`, `input_sizes` of them, to the ranks of `group` in order, and return `output`.
+
+    `output` receives `output_sizes` rows from the ranks in order; without sizes, both are cut evenly. One all_to_all,
+    counted under `kind` with the bytes for other ranks.
+    """
+    with _counted(kind, None):
+        dist.all_to_all_single(output, input, output_sizes, input_sizes, group=group)
+    row_bytes = input[:1].nbytes
+    size, own = dist.get_world_size(group), dist.get_rank(group)
+    kept = input.size(0) // size if input_sizes is None else input_sizes[own]
+    _COUNTS[kind]["bytes"] += (input.size(0) - kept) * row_bytes
+    return output
+
+
 def broadcast(tensor: torch.Tensor, src: int = 0) -> torch.Tensor:
     """Overwrite `tensor` with that of rank `src` and return it."""
     if is_active():

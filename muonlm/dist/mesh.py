@@ -14,14 +14,16 @@ from muonlm.config.schema import TrainConfig
 from muonlm.dist.process import World
 
 AXES = ("replicate", "shard", "tensor")
+EXPERT_AXES = ("replicate", "expert_shard", "expert", "tensor")
 
 
 @dataclass(frozen=True)
 class Mesh:
     """The arrangement of the ranks as seen from one of them.
 
-    `devices` has the axes "replicate", "shard" and "tensor"; it is None where ranks do no more than average gradients
-    of whole models, and the process group of all ranks is all they need.
+    `devices` has the axes "replicate", "shard" and "tensor", with expert parallelism "expert_shard" and "expert" too,
+    which "shard" is made of; it is None where ranks do no more than average gradients of whole models, and the process
+    group of all ranks is all they need.
     """
 
     grid: RankGrid
@@ -45,6 +47,25 @@ class Mesh:
         return self.devices["tensor"] if self.devices is not None and self.grid.tensor > 1 else None
 
     @property
+    def expert(self) -> DeviceMesh | None:
+        """The ranks that hold other experts than this one; None without expert parallelism."""
+        return self.devices["expert"] if self.devices is not None and self.grid.expert > 1 else None
+
+    @property
+    def expert_and_tensor(self) -> DeviceMesh | None:
+        """Both axes, where there are both."""
+        both = self.devices is not None and self.grid.expert > 1 and self.grid.tensor > 1
+        return self.devices["expert", "tensor"] if both and self.devices is not None else None
+
+    @property
+    def expert_sharded(self) -> DeviceMesh | None:
+        """As `sharded`, for experts under expert parallelism: the ranks that hold the same ones; None without it."""
+        if self.devices is None or self.grid.expert == 1:
+            return None
+        axes = ("replicate", "expert_shard") if self.grid.replicate > 1 else ("expert_shard",)
+        return self.devices[axes]
+
+    @property
     def sharded(self) -> DeviceMesh | None:
         """The ranks over which FSDP2 cuts this rank's parameters, with an axis of replicas where there are any.
 
@@ -65,7 +86,13 @@ def make_mesh(config: TrainConfig, world: World) -> Mesh:
     grid = rank_grid(config, world.size)
     if grid.shard == grid.tensor == 1:
         return Mesh(grid, world.rank, world.device)
-    devices = init_device_mesh(world.device.type, tuple(grid)[:3], mesh_dim_names=AXES)
+    replicate, shard, tensor, expert = grid
+    if expert > 1:
+        sizes = (replicate, shard // expert, expert, tensor)
+        devices = init_device_mesh(world.device.type, sizes, mesh_dim_names=EXPERT_AXES)
+        devices["expert_shard", "expert"]._flatten("shard")
+    else:
+        devices = init_device_mesh(world.device.type, (replicate, shard, tensor), mesh_dim_names=AXES)
     # torch gives new groups its own timeout, of up to half an hour, rather than that of the group of all ranks.
     for group in devices.get_all_groups():
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=config.dist.timeout_s), group)

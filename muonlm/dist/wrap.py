@@ -4,36 +4,69 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from muonlm.dist.mesh import Mesh
 
 
 def wrap(
-    module: nn.Module, blocks: Iterable[nn.Module], mesh: Mesh, *, reshard_after_forward: bool = True
+    module: nn.Module,
+    blocks: Iterable[nn.Module],
+    mesh: Mesh,
+    *,
+    experts: Iterable[nn.Module] = (),
+    reshard_after_forward: bool = True,
+    gather_dtype: torch.dtype | None = None,
 ) -> nn.Module:
     """What is to be called in place of `module` so that its gradients come out averaged over data-parallel ranks.
 
     Where the mesh cuts parameters, FSDP2 takes each of `blocks` as a unit, gathered and freed as a whole, and the rest
     as another; `module` then keeps its name and class, its parameters become DTensors on the mesh's device, and the
-    result is `module` itself. Otherwise the module must be on that device already and is wrapped in
+    result is `module` itself. `experts` are modules below the blocks whose parameters expert parallelism has cut: units
+    of their own, over the ranks that hold the same. Parameters are gathered in `gather_dtype`, their own when None, and
+    gradients averaged in fp32. Otherwise the module must be on that device already and is wrapped in
     DistributedDataParallel; one data-parallel rank needs no wrapping.
 
     Collectives: those of DistributedDataParallel's construction; none with FSDP2, for which all ranks must hold the
     same values, or the parts of them that tensor parallelism leaves them.
     """
     if (axes := mesh.sharded) is not None:
+        policy = MixedPrecisionPolicy(
+            param_dtype=gather_dtype, reduce_dtype=torch.float32 if gather_dtype else None, cast_forward_inputs=False
+        )
+        options: dict[str, Any] = {"mp_policy": policy}
+        if (expert_axes := mesh.expert_sharded) is not None:
+            _shard_experts(experts, expert_axes, mesh, reshard_after_forward=reshard_after_forward, **options)
         for block in blocks:
-            fully_shard(block, mesh=axes, reshard_after_forward=reshard_after_forward)
-        fully_shard(module, mesh=axes)
+            fully_shard(block, mesh=axes, reshard_after_forward=reshard_after_forward, **options)
+        fully_shard(module, mesh=axes, **options)
         return module
     if mesh.data_size == 1:
         return module
     devices = [mesh.device.index] if mesh.device.type == "cuda" else None
     return DistributedDataParallel(module, device_ids=devices, gradient_as_bucket_view=True)
+
+
+def _shard_experts(experts: Iterable[nn.Module], axes: DeviceMesh, mesh: Mesh, **options: Any) -> None:
+    """Cut stacks between experts where each rank gets whole ones, so that Muon need not gather them; else within.
+
+    FSDP2 cuts no dim but the first unevenly, which then remains.
+    """
+    num_ranks = mesh.grid.shard // mesh.grid.expert
+
+    def placement(param: nn.Parameter) -> Shard:
+        shape = param.to_local().shape if isinstance(param, DTensor) else param.shape
+        return Shard(next((dim for dim, size in enumerate(shape) if size % num_ranks == 0), 0))
+
+    for module in experts:
+        fully_shard(module, mesh=axes, shard_placement_fn=placement, **options)
 
 
 @contextmanager

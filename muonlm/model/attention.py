@@ -1,9 +1,10 @@
-"""Causal grouped-query attention with normalised, rotated queries and keys: two implementations of one function.
+"""Causal grouped-query attention with normalised, rotated queries and keys: implementations of one function.
 
 `attention_sdpa` composes PyTorch operations and ends in `scaled_dot_product_attention`: the form for GPUs, and
 the reference for the other. `attention_matmul` is one autograd function of plain matrix products for CPUs,
 faster there at short context. It takes rows in blocks, so that most keys after the query are never touched, and
-stores the probabilities: O(T^2) bytes.
+stores the probabilities: O(T^2) bytes. `attention_math` is plain operations throughout, which can be differentiated
+twice. Where documents are given, positions attend within their own alone.
 
 Shape suffixes: B sequences, T positions, H query heads, K key heads, G = H/K query heads a key head, A = H + K
 heads that are normalised, C head width, P the two halves of C that rotary positions pair up, I = C/2.
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from muonlm.model.layers import rope_tables, upcast
+from muonlm.model.layers import rms_norm, rope_tables, upcast
 
 ROW_BLOCK = 64  # queries whose scores are computed together
 
@@ -33,25 +34,58 @@ class Heads(NamedTuple):
     eps: float
 
 
-def attention_sdpa(qkv_BTE: Tensor, q_weight_C: Tensor, k_weight_C: Tensor, heads: Heads) -> Tensor:
+def attention_sdpa(
+    qkv_BTE: Tensor, q_weight_C: Tensor, k_weight_C: Tensor, heads: Heads, document_BT: Tensor | None = None
+) -> Tensor:
     """Same as `attention_matmul` through `scaled_dot_product_attention`."""
+    B, T, _ = qkv_BTE.shape
+    H, K, C = heads[:3]
+    q, k, v = _project(qkv_BTE, q_weight_C, k_weight_C, heads)
+    allowed = None if document_BT is None else _allowed(document_BT)
+    out_BHTC = F.scaled_dot_product_attention(
+        *(q, k, v), attn_mask=allowed, is_causal=allowed is None, enable_gqa=K != H
+    )
+    return out_BHTC.transpose(1, 2).reshape(B, T, H * C)
+
+
+def attention_math(
+    qkv_BTE: Tensor, q_weight_C: Tensor, k_weight_C: Tensor, heads: Heads, document_BT: Tensor | None = None
+) -> Tensor:
+    """Same as `attention_matmul` in operations that can be differentiated twice, with all scores at once."""
+    B, T, _ = qkv_BTE.shape
+    H, K, C = heads[:3]
+    q, k, v = _project(qkv_BTE, q_weight_C, k_weight_C, heads)
+    k, v = (x.repeat_interleave(H // K, 1) for x in (k, v))
+    allowed = torch.ones(T, T, dtype=torch.bool, device=q.device).tril() if document_BT is None else _allowed(document_BT)
+    scores = (upcast(q @ k.transpose(-1, -2)) * C**-0.5).masked_fill(~allowed, float("-inf"))
+    out_BHTC = torch.softmax(scores, -1).to(v.dtype) @ v
+    return out_BHTC.transpose(1, 2).reshape(B, T, H * C)
+
+
+def _project(qkv_BTE: Tensor, q_weight_C: Tensor, k_weight_C: Tensor, heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalised and rotated queries (B, H, T, C) and keys (B, K, T, C), and values (B, K, T, C)."""
     B, T, _ = qkv_BTE.shape
     H, K, C, theta, eps = heads
     q, k, v = qkv_BTE.view(B, T, H + 2 * K, C).split((H, K, K), 2)
 
     def norm_rope(x: Tensor, weight: Tensor) -> Tensor:
-        y = F.rms_norm(upcast(x), (C,), weight, eps).transpose(1, 2)
+        y = rms_norm(x, weight, eps).transpose(1, 2)
         cos, sin = rope_tables(T, C, theta, y.device, y.dtype)
         first, second = y.chunk(2, -1)
         return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
 
-    out_BHTC = F.scaled_dot_product_attention(
-        norm_rope(q, q_weight_C), norm_rope(k, k_weight_C), v.transpose(1, 2), is_causal=True, enable_gqa=K != H
-    )
-    return out_BHTC.transpose(1, 2).reshape(B, T, H * C)
+    return norm_rope(q, q_weight_C), norm_rope(k, k_weight_C), v.transpose(1, 2)
 
 
-def attention_matmul(qkv_BTE: Tensor, q_weight_C: Tensor, k_weight_C: Tensor, heads: Heads) -> Tensor:
+def _allowed(document_BT: Tensor) -> Tensor:
+    """Keys that each query sees, (B, 1, T, T) bool: not after it, and of its document."""
+    same = document_BT[:, :, None] == document_BT[:, None, :]
+    return same.tril()[:, None]
+
+
+def attention_matmul(
+    qkv_BTE: Tensor, q_weight_C: Tensor, k_weight_C: Tensor, heads: Heads, document_BT: Tensor | None = None
+) -> Tensor:
     """Attention of the joint projection.
 
     Args:
@@ -59,11 +93,12 @@ def attention_matmul(qkv_BTE: Tensor, q_weight_C: Tensor, k_weight_C: Tensor, he
         q_weight_C: weight of the per-head RMSNorm of the queries.
         k_weight_C: the same of the keys.
         heads: head counts and constants.
+        document_BT: number of the document that each position belongs to; None where all are of one.
 
     Returns:
         (B, T, H * C) in the dtype of `qkv_BTE`.
     """
-    out: Tensor = _MatmulAttention.apply(qkv_BTE, q_weight_C, k_weight_C, heads)
+    out: Tensor = _MatmulAttention.apply(qkv_BTE, q_weight_C, k_weight_C, heads, document_BT)
     return out
 
 
@@ -128,7 +163,14 @@ def _scores_backward(
 
 class _MatmulAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, qkv_BTE: Tensor, q_weight_C: Tensor, k_weight_C: Tensor, heads: Heads) -> Tensor:
+    def forward(
+        ctx: Any,
+        qkv_BTE: Tensor,
+        q_weight_C: Tensor,
+        k_weight_C: Tensor,
+        heads: Heads,
+        document_BT: Tensor | None,
+    ) -> Tensor:
         B, T, _ = qkv_BTE.shape
         H, K, C, _, eps = heads
         with torch.autocast(qkv_BTE.device.type, enabled=False):
@@ -148,7 +190,11 @@ class _MatmulAttention(torch.autograd.Function):
             probabilities = []
             for start in range(0, T, ROW_BLOCK):
                 stop = min(start + ROW_BLOCK, T)
-                p = torch.softmax(_causal_scores(q[:, :, start:stop], k[:, :stop], start), -1).flatten(1, 2)
+                scores = _causal_scores(q[:, :, start:stop], k[:, :stop], start)
+                if document_BT is not None:
+                    others = document_BT[:, start:stop, None] != document_BT[:, None, :stop]
+                    scores.unflatten(0, (B, K)).masked_fill_(others[:, None, None], float("-inf"))
+                p = torch.softmax(scores, -1).flatten(1, 2)
                 out[:, :, :, start:stop] = torch.bmm(p, v[:, :stop]).view(B, K, H // K, -1, C)
                 probabilities.append(p)
         ctx.save_for_backward(qkv_BTE, q_weight_C, k_weight_C, rstd, q, k, *probabilities)
@@ -181,7 +227,7 @@ class _MatmulAttention(torch.autograd.Function):
             grad_heads[:, H + K :] = grad_v.view(B, K, T, C)
         grad_q_weight = grad_weight[:, :H].sum(1).flatten().mul_(C**-0.5).to(q_weight_C.dtype)
         grad_k_weight = grad_weight[:, H:].sum(1).flatten().to(k_weight_C.dtype)
-        return grad_qkv, grad_q_weight, grad_k_weight, None
+        return grad_qkv, grad_q_weight, grad_k_weight, None, None
 
 
 def _norm_rope_backward(roped: Tensor, x: Tensor, rstd: Tensor, tables: _Tables) -> tuple[Tensor, Tensor]:

@@ -1,21 +1,27 @@
-"""Dense decoder with the parameter names and the mathematics of transformers' Qwen3ForCausalLM.
+"""Decoder with the parameter names and the mathematics of transformers' Qwen3ForCausalLM; with experts, see `moe`.
 
-Pre-norm blocks of grouped-query attention (RMSNorm of each query and key head, rotary positions) and SwiGLU,
-no biases. Where `muonlm.model.parallel` has cut the projections over a group of ranks, each rank computes its heads and
-its part of the SwiGLU layer. Shape suffixes: B batch, T positions, D hidden, V vocabulary.
+Pre-norm blocks of grouped-query attention (RMSNorm of each query and key head, rotary positions) and a feed-forward
+layer, no biases. Where `muonlm.model.parallel` has cut the projections over a group of ranks, each rank computes its
+heads and its part of the feed-forward layer. Shape suffixes: B batch, T positions, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from muonlm.config.schema import GPTConfig
+from muonlm.config.schema import GPTConfig, MoEConfig
 from muonlm.dist.collectives import Group
-from muonlm.model.attention import Heads, attention_matmul, attention_sdpa
-from muonlm.model.layers import Embedding, Linear, RMSNorm, swiglu
-from muonlm.model.loss import linear_cross_entropy
+from muonlm.model.attention import Heads, attention_math, attention_matmul, attention_sdpa
+from muonlm.model.flops import has_experts
+from muonlm.model.layers import Embedding, Linear, RMSNorm, upcast, use_fused
+from muonlm.model.loss import linear_cross_entropy, plain_cross_entropy, soft_cap
+from muonlm.model.mlp import MLP
+from muonlm.model.moe import MoE
+from muonlm.model.recompute import Recompute, recomputed
 from muonlm.model.regions import enter, leave, local
 
 
@@ -35,14 +41,13 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(head_dim, config.rms_norm_eps)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
+    def forward(self, x_BTD: Tensor, document_BT: Tensor | None = None) -> Tensor:
+        """(B, T, D) -> (B, T, D); positions attend within their document, where documents are given."""
         # one product for the three projections: fewer kernels, and one gradient of x rather than a sum of three
         weights = [local(projection.weight) for projection in (self.q_proj, self.k_proj, self.v_proj)]
         qkv = F.linear(enter(x_BTD, self.group), torch.cat(weights))
-        use_matmul = self.kind == "matmul" or (self.kind == "auto" and x_BTD.device.type == "cpu")
-        attention = attention_matmul if use_matmul else attention_sdpa
-        return leave(self.o_proj(attention(qkv, *self._norm_weights(), self.heads)), self.group)
+        heads = _implementation(self.kind, x_BTD)(qkv, *self._norm_weights(), self.heads, document_BT)
+        return leave(self.o_proj(heads), self.group)
 
     def _norm_weights(self) -> tuple[Tensor, Tensor]:
         """Of queries and keys; all heads share them, so that each rank has a part of their gradients."""
@@ -53,37 +58,35 @@ class Attention(nn.Module):
         return q_weight, k_weight
 
 
-class MLP(nn.Module):
-    """SwiGLU feed-forward; the ranks of `group` have the other columns of its hidden layer."""
-
-    def __init__(self, config: GPTConfig) -> None:
-        super().__init__()
-        self.group: Group = None
-        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
-        x_BTD = enter(x_BTD, self.group)
-        return leave(self.down_proj(swiglu(self.gate_proj(x_BTD), self.up_proj(x_BTD))), self.group)
+def _implementation(kind: str, x_BTD: Tensor) -> Callable[..., Tensor]:
+    if kind == "auto":
+        kind = "matmul" if use_fused(x_BTD, plain=False) else "sdpa"
+    return {"matmul": attention_matmul, "sdpa": attention_sdpa, "math": attention_math}[kind]
 
 
 class Block(nn.Module):
     """One decoder block on an fp32 residual stream."""
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
+        plain = config.attention == "math"
+        self.recompute: Recompute = "none"
         self.self_attn = Attention(config)
-        self.mlp = MLP(config)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MoE(config) if isinstance(config, MoEConfig) and has_experts(config, layer) else MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, plain=plain)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, plain=plain)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, D) in the dtype of the input."""
+    def forward(self, x_BTD: Tensor, document_BT: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """(B, T, D) -> (B, T, D) in the dtype of the input, and the auxiliary loss of its experts, if there is one."""
+        return recomputed(self._forward, self.recompute, x_BTD, document_BT)
+
+    def _forward(self, x_BTD: Tensor, document_BT: Tensor | None) -> tuple[Tensor, Tensor | None]:
         # explicit casts: an addition of two dtypes is not vectorised on a CPU
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD)).to(x_BTD.dtype)
-        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD)).to(x_BTD.dtype)
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), document_BT).to(x_BTD.dtype)
+        out, aux = self.mlp(self.post_attention_layernorm(x_BTD)), None
+        if isinstance(out, tuple):
+            out, aux = out
+        return x_BTD + out.to(x_BTD.dtype), aux
 
 
 class Decoder(nn.Module):
@@ -92,16 +95,20 @@ class Decoder(nn.Module):
     def __init__(self, config: GPTConfig, vocab_size: int) -> None:
         super().__init__()
         self.embed_tokens = Embedding(vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, plain=config.attention == "math")
 
-    def forward(self, input_ids_BT: Tensor) -> Tensor:
-        """Token ids (B, T) -> final hidden states (B, T, D)."""
+    def forward(self, input_ids_BT: Tensor, document_BT: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+        """Token ids (B, T) -> final hidden states (B, T, D), and the auxiliary losses of the blocks that have one."""
         x_BTD = self.embed_tokens(input_ids_BT)
+        if torch.is_autocast_enabled(x_BTD.device.type):
+            x_BTD = upcast(x_BTD)  # a table that FSDP2 gathers in 16 bits
+        losses = []
         for layer in self.layers:
-            x_BTD = layer(x_BTD)
-        out: Tensor = self.norm(x_BTD)
-        return out
+            x_BTD, aux = layer(x_BTD, document_BT)
+            if aux is not None:
+                losses.append(aux)
+        return self.norm(x_BTD), losses
 
 
 class GPT(nn.Module):
@@ -111,6 +118,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.vocab_size = vocab_size
+        self.document_separator: int | None = None
         self.model = Decoder(config, vocab_size)
         self.lm_head = Linear(config.hidden_size, vocab_size, bias=False)
         self.tie_weights()
@@ -142,10 +150,26 @@ class GPT(nn.Module):
 
         Returns:
             Without labels, logits (B, T, V) in the compute dtype; with labels, the mean cross-entropy over all
-            positions in nats, an fp32 scalar.
+            positions in nats, an fp32 scalar, whose gradient is also that of auxiliary losses.
         """
-        x_BTD = self.model(input_ids_BT)
+        config = self.config
+        x_BTD, losses = self.model(input_ids_BT, self._documents(input_ids_BT))
         if labels_BT is None:
-            logits: Tensor = self.lm_head(x_BTD)
-            return logits
-        return linear_cross_entropy(x_BTD.flatten(0, 1), local(self.lm_head.weight), labels_BT.flatten())
+            return soft_cap(self.lm_head(x_BTD), config.logit_softcap)
+        cross_entropy = plain_cross_entropy if config.attention == "math" else linear_cross_entropy
+        weight = local(self.lm_head.weight)
+        loss = cross_entropy(x_BTD.flatten(0, 1), weight, labels_BT.flatten(), cap=config.logit_softcap)
+        if losses and isinstance(config, MoEConfig):
+            # It adds its gradient, and nothing to the value, which so means the same in every run.
+            auxiliary = torch.stack(losses).sum() * config.balance_coefficient
+            loss = loss + (auxiliary - auxiliary.detach())
+        return loss
+
+    def _documents(self, input_ids_BT: Tensor) -> Tensor | None:
+        """Number of the document of each position; the separator ends one."""
+        if not self.config.document_masking:
+            return None
+        if self.document_separator is None:
+            raise ValueError("model.document_masking needs `document_separator`, the token id that ends a document")
+        is_end = (input_ids_BT == self.document_separator).long()
+        return is_end.cumsum(1) - is_end

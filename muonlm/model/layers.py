@@ -2,7 +2,8 @@
 
 On a CPU, autocast's casts and the many small elementwise kernels of the composed forms cost more than the
 matrix products of a small model. Each function here makes few passes, keeps its statistics in fp32 and emits
-the compute dtype directly. On other devices PyTorch's own fused kernels are used.
+the compute dtype directly. On other devices PyTorch's own fused kernels are used. Both give way to compositions of
+plain operations where torch.compile fuses them, and in a model that is to be differentiated twice (`plain`).
 
 Shape suffixes: B batch, T positions, D hidden, C head width, N rows (B*T).
 """
@@ -37,6 +38,11 @@ def inverse_rms(x: Tensor, eps: float) -> Tensor:
     return square_sum.div_(x.size(-1)).add_(eps).rsqrt_()
 
 
+def use_fused(x: Tensor, plain: bool) -> bool:
+    """Whether the functions with hand-written gradients take `x`."""
+    return x.device.type == "cpu" and not plain and not torch.compiler.is_compiling()
+
+
 class _RMSNorm(torch.autograd.Function):
     """x / rms(x) * weight, emitted in `out_dtype`. Saves x and one number a row."""
 
@@ -67,17 +73,25 @@ class RMSNorm(nn.RMSNorm):
     On a CPU the output has the compute dtype, so that the following matrix products need no cast.
     """
 
-    def __init__(self, size: int, eps: float) -> None:
+    def __init__(self, size: int, eps: float, *, plain: bool = False) -> None:
         super().__init__(size, eps=eps)
-        self.epsilon = eps
+        self.epsilon, self.plain = eps, plain
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise (..., size) -> (..., size)."""
         weight = local(self.weight)
-        if x.device.type == "cpu":
+        if use_fused(x, self.plain):
             out: Tensor = _RMSNorm.apply(x.contiguous(), weight, self.epsilon, compute_dtype(x))
             return out
-        return F.rms_norm(x, self.normalized_shape, weight, self.epsilon)
+        if x.device.type == "cpu":
+            return rms_norm(x, weight, self.epsilon).to(compute_dtype(x))
+        return F.rms_norm(x, self.normalized_shape, weight.to(x.dtype), self.epsilon)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * weight over the last dim, in at least fp32, of operations that can be differentiated twice."""
+    wide = upcast(x)
+    return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight
 
 
 class Linear(nn.Linear):
@@ -113,12 +127,17 @@ class _SwiGLU(torch.autograd.Function):
         return grad_gate, grads[0] * activated
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up (arXiv:2002.05202), elementwise, both of one shape and dtype."""
-    if gate.device.type == "cpu":
+def activate(gate: Tensor | None, up: Tensor, kind: str, *, plain: bool = False) -> Tensor:
+    """act(gate) * up (arXiv:2002.05202), or act(up) without a gate; elementwise, of one shape and dtype.
+
+    `kind` is "silu" or "relu2", the square of the positive part (arXiv:2109.08668).
+    """
+    if gate is not None and kind == "silu" and use_fused(up, plain):
         out: Tensor = _SwiGLU.apply(gate, up)
         return out
-    return F.silu(gate) * up
+    x = up if gate is None else gate
+    activated = F.silu(x) if kind == "silu" else F.relu(x).square()
+    return activated if gate is None else activated * up
 
 
 @lru_cache(maxsize=8)

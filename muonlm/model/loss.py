@@ -19,22 +19,35 @@ from muonlm.model.layers import compute_dtype, upcast
 CHUNK_ROWS = 512
 
 
-def linear_cross_entropy(x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, chunk_rows: int = CHUNK_ROWS) -> Tensor:
+def soft_cap(logits: Tensor, cap: float | None) -> Tensor:
+    """cap * tanh(logits / cap) (arXiv:2408.00118), or the logits where `cap` is None."""
+    return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def plain_cross_entropy(x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, cap: float | None = None) -> Tensor:
+    """The same value as `linear_cross_entropy`, with all logits at once, and differentiable twice."""
+    return F.cross_entropy(upcast(soft_cap(F.linear(x_ND, weight_VD), cap)), labels_N)
+
+
+def linear_cross_entropy(
+    x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, chunk_rows: int = CHUNK_ROWS, cap: float | None = None
+) -> Tensor:
     """Mean of cross_entropy(x @ weight.T, labels) over all rows, as a scalar of at least fp32.
 
     Products run in autocast's dtype when it is on; logits are rounded to it, as autocast does, and everything
-    after them is fp32. The weight's gradient is summed over chunks in the weight's dtype.
+    after them is fp32. The weight's gradient is summed over chunks in at least fp32.
 
     Args:
         x_ND: hidden states, contiguous rows.
         weight_VD: output embedding (may be tied to the input embedding).
         labels_N: int64 class of each row; every row counts.
         chunk_rows: rows whose logits exist at one time.
+        cap: bound of the logits, see `soft_cap`.
     """
     need_x = torch.is_grad_enabled() and x_ND.requires_grad
     need_weight = torch.is_grad_enabled() and weight_VD.requires_grad
     loss: Tensor = _LinearCrossEntropy.apply(
-        x_ND, weight_VD, labels_N, chunk_rows, compute_dtype(x_ND), need_x, need_weight
+        x_ND, weight_VD, labels_N, chunk_rows, compute_dtype(x_ND), need_x, need_weight, cap
     )
     return loss
 
@@ -50,18 +63,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dtype: torch.dtype,
         need_x: bool,
         need_weight: bool,
+        cap: float | None,
     ) -> Tensor:
         num_rows = x_ND.size(0)
         wide = torch.promote_types(x_ND.dtype, torch.float32)
         loss = torch.zeros((), dtype=wide, device=x_ND.device)
         grad_x = torch.empty_like(x_ND, dtype=dtype) if need_x else None
-        grad_weight = torch.zeros_like(weight_VD) if need_weight else None
+        grad_weight = torch.zeros_like(weight_VD, dtype=wide) if need_weight else None
         with torch.autocast(x_ND.device.type, enabled=False):
             weight = weight_VD.to(dtype)
             for start in range(0, num_rows, chunk_rows):
                 x = x_ND[start : start + chunk_rows].to(dtype)
                 labels = labels_N[start : start + chunk_rows, None]
-                logits = upcast(F.linear(x, weight))
+                logits = soft_cap(upcast(F.linear(x, weight)), cap)
                 if not (need_x or need_weight):
                     loss += F.cross_entropy(logits, labels.squeeze(1), reduction="sum")
                     continue
@@ -69,13 +83,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 # log-sum-exp = max logit - log(max probability), and that probability is at least 1/V
                 log_sum = logits.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log_()
                 loss += (log_sum - logits.gather(1, labels)).sum()
-                grad_logits = p.scatter_add_(1, labels, p.new_full(labels.shape, -1.0)).to(dtype)
+                grad_logits = p.scatter_add_(1, labels, p.new_full(labels.shape, -1.0))
+                if cap is not None:
+                    grad_logits.addcmul_(grad_logits, logits.square(), value=-1 / cap**2)  # tanh' = 1 - tanh^2
+                grad_logits = grad_logits.to(dtype)
                 if grad_x is not None:
                     torch.mm(grad_logits, weight, out=grad_x[start : start + chunk_rows])
                 if grad_weight is not None:
                     grad_weight += grad_logits.t() @ x
         ctx.save_for_backward(grad_x, grad_weight)
-        ctx.num_rows, ctx.x_dtype = num_rows, x_ND.dtype
+        ctx.num_rows, ctx.x_dtype, ctx.weight_dtype = num_rows, x_ND.dtype, weight_VD.dtype
         return loss / num_rows
 
     @staticmethod
@@ -84,5 +101,5 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_x, grad_weight = ctx.saved_tensors
         scale = grads[0] / ctx.num_rows
         grad_x = None if grad_x is None else (grad_x * scale).to(ctx.x_dtype)
-        grad_weight = None if grad_weight is None else grad_weight * scale.to(grad_weight.dtype)
-        return grad_x, grad_weight, None, None, None, None, None
+        grad_weight = None if grad_weight is None else (grad_weight * scale).to(ctx.weight_dtype)
+        return grad_x, grad_weight, None, None, None, None, None, None

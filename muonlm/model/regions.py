@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from muonlm.dist import collectives
 from muonlm.dist.collectives import Group
+from muonlm.model.recompute import keeps_products
 
 _KIND = "tensor_all_reduce"
 
@@ -35,11 +36,29 @@ def enter(x: Tensor, group: Group) -> Tensor:
 
 
 def leave(x: Tensor, group: Group) -> Tensor:
-    """The sum of the ranks' `x`, which is overwritten; the gradient goes back as it is."""
+    """The sum of the ranks' `x`, which is overwritten unless it is kept; the gradient goes back as it is."""
     if group is None:
         return x
-    out: Tensor = _Leave.apply(x, group)
+    out: Tensor = _Leave.apply(x.clone() if keeps_products() else x, group)
     return out
+
+
+def scale_gradient(x: Tensor, factor: float) -> Tensor:
+    """`x`; its gradient is multiplied by `factor`."""
+    out: Tensor = _ScaleGradient.apply(x, factor)
+    return out
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0] * ctx.factor, None
 
 
 class _Enter(torch.autograd.Function):

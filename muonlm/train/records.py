@@ -54,6 +54,8 @@ class Meter:
         record["clip_factor"] = result.grads.clip_factor
         record["update_norms"] = result.updates.by_group
         record["update_rms"] = result.updates.rms_by_group
+        if result.balance is not None:
+            record["experts"] = result.balance._asdict()
         if self._skipped:
             record["skipped_steps"] = self._skipped
         self._clear()

@@ -26,10 +26,11 @@ from muonlm.dist.mesh import Mesh, make_mesh
 from muonlm.dist.precision import bfloat16_is_fast
 from muonlm.dist.process import World
 from muonlm.dist.wrap import wrap
-from muonlm.model.build import build_model
+from muonlm.model.build import materialize, outline
 from muonlm.model.flops import flops_per_token
 from muonlm.model.gpt import GPT
-from muonlm.model.parallel import shard_tensors
+from muonlm.model.moe import forget_loads
+from muonlm.model.parallel import expert_modules, shard_layers
 from muonlm.optim.build import build_optimizer
 from muonlm.optim.muon import Muon
 from muonlm.optim.rules import ParamRule, assign_rules
@@ -92,14 +93,15 @@ def build(config: TrainConfig, world: World, recorded: dict[str, Any]) -> Parts:
     decided = on_main(lambda: _decide_precision(config, world, recorded))
     dtype, iterate_dtype = (getattr(torch, decided[key]) for key in ("precision", "newton_schulz_dtype"))
     with raised_on_all_ranks():
-        model = build_model(config.model, vocab_size, config.seed)
+        model = outline(config.model, vocab_size)
+        model.document_separator = train_data.end_of_text_id
         rules = assign_rules(model, config.optim)
         on_way = eval_indices(validation_data.num_sequences, config.data.seq_len, config.eval.tokens)
         at_end = eval_indices(validation_data.num_sequences, config.data.seq_len, config.eval.final_tokens)
         if world.is_main:
             _say_if_short(config, validation_data.num_sequences)
             check_reference(config, validation_data, len(on_way) * config.data.seq_len)
-    wrapped, sharding = _spread(model, rules, mesh, config)
+    wrapped, sharding = _spread(model, rules, mesh, config, dtype)
     with raised_on_all_ranks():
         optimizer = build_optimizer(model, config.optim, iterate_dtype=iterate_dtype, rules=rules, sharding=sharding)
     peak = config.track.peak_flops or (world.device.type == "cuda" and peak_flops(_device_name(world))) or None
@@ -198,20 +200,43 @@ def _say_if_short(config: TrainConfig, available: int) -> None:
             _log.warning("%s is %d, less than one sequence; evaluating on one of %d tokens", option, tokens, seq_len)
 
 
-def _spread(model: GPT, rules: list[ParamRule], mesh: Mesh, config: TrainConfig) -> tuple[nn.Module, Sharding | None]:
-    """Bring the model, the same on all ranks, to the device and over the ranks as the configuration says.
+def _spread(
+    model: GPT, rules: list[ParamRule], mesh: Mesh, config: TrainConfig, dtype: torch.dtype
+) -> tuple[nn.Module, Sharding | None]:
+    """Cut the outline of a model as the configuration says, and give this rank's part its values, on the device.
 
     Returns what is to be called for the loss, and the engine that the optimizer needs to know of, if there is one.
     """
-    if mesh.tensor is not None:
-        shard_tensors(model, mesh.tensor)
-    elif mesh.sharded is None:  # FSDP2 brings block by block to the device
-        model.to(mesh.device)
-    if config.dist.zero in (1, 2) and mesh.data_size > 1:
+    loop, dist = config.loop, config.dist
+    for block in model.blocks:
+        block.recompute = loop.activation_checkpointing
+        if loop.compile:
+            block.compile()
+    if mesh.tensor is not None or mesh.expert is not None:
+        shard_layers(model, tensor=mesh.tensor, expert=mesh.expert, both=mesh.expert_and_tensor)
+    if mesh.sharded is not None:
+        wrap(
+            *(model, model.blocks, mesh),
+            experts=expert_modules(model),
+            reshard_after_forward=dist.reshard_after_forward,
+            gather_dtype=_gather_dtype(config, mesh, dtype),
+        )
+    materialize(model, config.seed, mesh.device)
+    if mesh.sharded is not None:
+        return model, None
+    if dist.zero in (1, 2) and mesh.data_size > 1:
         matrices = {rule.name for rule in rules if rule.rule == "muon"}
-        engine = ZeroDataParallel(model, matrices=matrices, stage=1 if config.dist.zero == 1 else 2)
+        stacks = frozenset(rule.name for rule in rules if rule.role == "experts")
+        engine = ZeroDataParallel(model, matrices=matrices, stacks=stacks, stage=1 if dist.zero == 1 else 2)
         return engine, engine
-    return wrap(model, model.blocks, mesh, reshard_after_forward=config.dist.reshard_after_forward), None
+    return wrap(model, model.blocks, mesh), None
+
+
+def _gather_dtype(config: TrainConfig, mesh: Mesh, dtype: torch.dtype) -> torch.dtype | None:
+    """None for that of the parameters, fp32."""
+    wanted = config.dist.gather_dtype
+    is_narrow = wanted == "bfloat16" or (wanted == "auto" and mesh.device.type == "cuda" and dtype == torch.bfloat16)
+    return torch.bfloat16 if is_narrow else None
 
 
 def _settle_buckets(parts: Parts) -> None:
@@ -229,6 +254,7 @@ def _settle_buckets(parts: Parts) -> None:
             loss = parts.wrapped(ids.to(parts.world.device), labels.to(parts.world.device))
         loss.backward()
     parts.optimizer.zero_grad(set_to_none=True)
+    forget_loads(parts.model)
 
 
 def _device_name(world: World) -> str:

@@ -12,6 +12,7 @@ import torch
 from muonlm.data.loader import batch
 from muonlm.dist import collectives
 from muonlm.dist.wrap import without_gradient_sync
+from muonlm.model.moe import Balance, settle_loads
 from muonlm.optim.gradients import GradNorms, NonFiniteGradient
 from muonlm.optim.measure import UpdateNorms
 from muonlm.optim.schedules import lr_multiplier, set_learning_rates
@@ -32,7 +33,7 @@ class StepResult:
     """What one optimizer step did. `loss` is the mean over the global batch; `seconds` leaves measuring out.
 
     `is_skipped`: a loss or gradient was not finite, and nothing was updated (`optim.non_finite = "skip"`).
-    `updates` is None when the step was not measured; then, on a GPU, `optimizer_s` is not waited for either and
+    `balance` says how evenly experts were used. It and `updates` are None when the step was not measured; then, on a GPU, `optimizer_s` is not waited for either and
     part of it shows up in the next step.
     """
 
@@ -43,14 +44,15 @@ class StepResult:
     seconds: float
     optimizer_s: float
     is_skipped: bool
+    balance: Balance | None = None
 
 
 def take_step(parts: Parts, step: int, sequences: int, *, measure: bool, stop: bool) -> StepResult:
     """Train on the global samples from `sequences` on; `step` counts from 0. Called by all ranks.
 
     `stop` says that this rank was asked to stop; the result's `stop` is true on all ranks when any was. Collectives:
-    those that average gradients, with FSDP2 and tensor parallelism also those of the forward pass; one all_reduce of
-    four fp64 numbers; and the optimizer's. Raises Diverged on all ranks.
+    those that average gradients, with FSDP2, tensor and expert parallelism also those of the forward pass; one all_reduce
+    of four fp64 numbers; that of the experts' loads; and the optimizer's. Raises Diverged on all ranks.
     """
     config, optimizer = parts.config, parts.optimizer
     begin = time.perf_counter()
@@ -74,10 +76,12 @@ def take_step(parts: Parts, step: int, sequences: int, *, measure: bool, stop: b
             _wait(parts)
         optimizer_s = time.perf_counter() - update_begin
     optimizer.zero_grad(set_to_none=True)
+    balance = settle_loads(parts.model, measure=measure)
     if updates is not None and not all(map(math.isfinite, updates.by_group.values())):
         raise Diverged(f"step {step + 1}: the norm of the update overflows ({updates.by_group}); {_LOWER}")
     is_skipped = grads.is_skipped or math.isnan(mean_loss)
-    return StepResult(mean_loss, stop, grads, updates, before_update + optimizer_s, optimizer_s, is_skipped)
+    seconds = before_update + optimizer_s
+    return StepResult(mean_loss, stop, grads, updates, seconds, optimizer_s, is_skipped, balance)
 
 
 def check_finite(parts: Parts, step: int) -> None:

@@ -69,6 +69,7 @@ def config_of(stdlib_data: Path) -> Callable[[dict[str, int]], TrainConfig]:
             "name": "tiny",
             "data": {"path": str(stdlib_data), "seq_len": 16},
             "model": {
+                "kind": "gpt",
                 "num_layers": 1, "hidden_size": 20, "intermediate_size": 34, "num_heads": 4, "num_kv_heads": 2,
                 "head_dim": 6, "tie_embeddings": True,
             },

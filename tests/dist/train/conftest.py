@@ -14,15 +14,24 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 
 from muonlm.checkpoint import store
 from muonlm.config.schema import TrainConfig
+from muonlm.dist import process
 from muonlm.model.build import build_model
 from muonlm.optim.build import build_optimizer
 from muonlm.track.metrics import read_metrics
 from muonlm.train.loop import RunStatus, train
+from muonlm.train.setup import build
+from muonlm.train.step import take_step
 
 NUM_STEPS = 36
+BATCH = 12
+# The losses begin at 6.3. One unit in the last place is 5e-7 there, and layouts differ by up to three: 1.4e-6 was the
+# most over all of them. Without one of the sums it is more than 1e-4 within ten steps.
+TOLERANCE = 1e-5
+_ALONE: dict[str, dict[str, Any]] = {}
 
 
 @pytest.fixture
@@ -34,7 +43,7 @@ def make_config(stdlib_data: Path, tmp_path: Path) -> Callable[..., TrainConfig]
             "name": "tiny",
             "run_dir": str(tmp_path / run),
             "data": {"path": str(stdlib_data), "seq_len": 32},
-            "model": {"num_layers": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2},
+            "model": {"kind": "gpt", "num_layers": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2},
             "optim": {"kind": "muon"},
             "schedule": {"warmup_steps": 3},
             "loop": {"steps": NUM_STEPS, "batch_size": 6, "threads": 1, "precision": "float32", "device": "cpu"},
@@ -77,6 +86,72 @@ def _signal_self(config: TrainConfig, at: int, signum: int) -> None:
     while max((r["step"] for r in read_metrics(config.resolved_run_dir)), default=0) < at:
         time.sleep(0.002)
     os.kill(os.getpid(), signum)
+
+
+def _curve(config: TrainConfig, num_steps: int) -> dict[str, Any]:
+    """Losses of the first steps of a run, gradient and update norms of the last, and the weights it ends with."""
+    parts = build(config, process.start(config.dist, "cpu"), {})
+    results = [take_step(parts, i, i * BATCH, measure=True, stop=False) for i in range(num_steps)]
+    last = results[-1]
+    weights = {
+        name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().numpy().tobytes()
+        for name, p in parts.model.state_dict().items()
+    }
+    return {
+        "loss": [result.loss for result in results],
+        "norms": {"total": last.grads.total}
+        | {f"gradient of {name}": norm for name, norm in last.grads.by_group.items()}
+        | {f"update of {name}": norm for name, norm in last.updates.by_group.items()},
+        "weights": weights,
+        "balance": [result.balance for result in results],
+    }
+
+
+@pytest.fixture
+def curves(
+    make_config: Callable[..., TrainConfig], run_ranks: Callable[..., list[Any]]
+) -> Callable[..., tuple[list[dict[str, Any]], dict[str, Any]]]:
+    """`curves(size, dist, num_steps, **changes)`: those of all ranks of a layout, and that of one process."""
+
+    def run(
+        size: int, dist: dict[str, Any], num_steps: int = 50, **changes: Any
+    ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        changes = {"loop.batch_size": BATCH, "model.num_heads": 4, "model.num_kv_heads": 2, **changes}
+        key = json.dumps([num_steps, changes], sort_keys=True)
+        if key not in _ALONE:
+            whole = make_config(**{**changes, "loop.micro_batch_size": None})
+            [_ALONE[key]] = run_ranks(lambda rank, size: _curve(whole, num_steps), 1, join=False)
+        config = make_config(**changes, dist=dist)
+        return run_ranks(lambda rank, size: _curve(config, num_steps), size, join=False), _ALONE[key]
+
+    return run
+
+
+@pytest.fixture
+def largest_difference() -> Callable[[dict[str, Any], dict[str, Any]], float]:
+    """`largest_difference(ours, theirs)`: of the losses of two curves."""
+
+    def find(ours: dict[str, Any], theirs: dict[str, Any]) -> float:
+        found = max(abs(a - b) for a, b in zip(ours["loss"], theirs["loss"], strict=True))
+        print("largest difference of a loss", found)
+        return found
+
+    return find
+
+
+@pytest.fixture
+def assert_same_curve(
+    largest_difference: Callable[..., float],
+) -> Callable[[list[dict[str, Any]], dict[str, Any]], None]:
+    """`assert_same_curve(ranks, alone)`: all ranks have the curve of one process, and the same bits."""
+
+    def check(ranks: list[dict[str, Any]], alone: dict[str, Any]) -> None:
+        assert largest_difference(ranks[0], alone) < TOLERANCE
+        assert ranks[0]["norms"] == pytest.approx(alone["norms"], rel=1e-3)
+        for result in ranks[1:]:
+            assert result == ranks[0]  # the copies of a parameter too, bit for bit
+
+    return check
 
 
 @pytest.fixture
