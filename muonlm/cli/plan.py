@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +13,15 @@ from muonlm.config.errors import UserError
 
 if TYPE_CHECKING:
     from muonlm.config.schema import TrainConfig
+    from muonlm.plan.hardware import Machines
+
+_SHARES = {
+    "matmul_share": "of the peak, by the model's matrix products",
+    "newton_schulz_share": "of the peak, by Newton-Schulz",
+    "link_share": "of bandwidths",
+    "overlap_share": "of the model's computation, behind which parameters and gradients can travel",
+    "usable_share": "of the memory, by the run",
+}
 
 
 def add(commands: Any) -> None:
@@ -18,25 +29,72 @@ def add(commands: Any) -> None:
     parser = commands.add_parser(
         "plan",
         keys_of="train",
-        help="parameters, memory, FLOPs and communication of a run before it starts",
-        description="Parameters, memory, FLOPs and communication of a run, from its config, on any machine.",
+        help="parameters, memory, traffic, FLOPs and predicted time of a run before it starts",
+        description="Parameters, memory, traffic, FLOPs and predicted time of a run, from its config, on any machine.\n"
+        "Exit code 1 where it cannot fit into memory. What the lines mean: docs/planning.md.",
     )
     add_config(parser, "train", dry_run=False)
-    parser.add_argument("--world-size", type=_positive, default=1, metavar="N", help="number of ranks; 1 by default")
-    parser.add_argument("--vocab-size", type=_positive, metavar="N", help="where neither config nor data tell it")
+    add = parser.add_argument
+    add(
+        "--gpu", metavar="NAME", help="h100-80gb, h200-141gb, a100-80gb, a100-40gb, b200-180gb, mi300x-192gb, l40s-48gb"
+    )
+    add("--nodes", type=_positive, metavar="N", help="number of nodes; 1 by default")
+    add("--gpus-per-node", type=_positive, metavar="N", help="devices of a node, a rank each; 8 by default")
+    add(
+        "--world-size",
+        type=_positive,
+        metavar="N",
+        help="number of ranks in one node, in place of the two; 1 by default",
+    )
+    add("--vocab-size", type=_positive, metavar="N", help="where neither config nor data tell it")
+    add("--network-gbit", type=_number, metavar="X", help="bandwidth of a device to other nodes, Gbit/s")
+    add("--memory-gb", type=_number, metavar="X", help="memory of a device, in 10^9 bytes")
+    add("--peak-tflops", type=_number, metavar="X", help="peak of a device, TFLOP/s")
+    for name, text in _SHARES.items():
+        add(f"--{name.replace('_', '-')}", type=_share, metavar="X", help=f"share attained, 0 to 1: {text}")
+    add("--json", type=Path, metavar="FILE", help="write all figures as JSON too")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the forecast."""
+    """Print the forecast; 1 where the run cannot fit."""
     from muonlm.config.load import load_train
 
     config = load_train(args.config, args.overrides)
-    from muonlm.plan.forecast import forecast, table
+    from muonlm.plan.forecast import forecast
+    from muonlm.plan.table import render
 
+    world_size, machines = _machines(args)
     vocab_size = find_vocab_size(config, args.vocab_size)
-    print(table(forecast(config, vocab_size=vocab_size, world_size=args.world_size)))
-    return 0
+    plan = forecast(config, vocab_size=vocab_size, world_size=world_size, machines=machines)
+    print(render(plan))
+    if args.json:
+        try:
+            args.json.write_text(json.dumps(plan.to_dict(), indent=1) + "\n")
+        except OSError as error:
+            raise UserError(f"--json: cannot write {args.json}: {error.strerror}") from None
+    return 1 if plan.misfit else 0
+
+
+def _machines(args: argparse.Namespace) -> tuple[int, Machines]:
+    """Number of ranks, and what they run on."""
+    from muonlm.plan.hardware import Machines, find_device
+
+    in_nodes = args.nodes is not None or args.gpus_per_node is not None
+    if in_nodes and args.world_size is not None:
+        raise UserError("give either --world-size or --nodes and --gpus-per-node")
+    name = args.gpu or ("h100-80gb" if in_nodes else "cpu")
+    device = find_device(name)
+    per_node = args.gpus_per_node or 8
+    world_size = (args.nodes or 1) * per_node if in_nodes else args.world_size or 1
+    given = {
+        "network_gbit": args.network_gbit,
+        "memory_bytes": args.memory_gb and int(args.memory_gb * 1e9),
+        "peak_flops": args.peak_tflops and args.peak_tflops * 1e12,
+    }
+    device = replace(device, **{key: value for key, value in given.items() if value is not None})
+    shares = {key: getattr(args, key) for key in _SHARES if getattr(args, key) is not None}
+    return world_size, Machines(name, device, per_node if in_nodes else world_size, **shares)
 
 
 def find_vocab_size(config: TrainConfig, given: int | None) -> int:
@@ -59,5 +117,19 @@ def find_vocab_size(config: TrainConfig, given: int | None) -> int:
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
+        raise ValueError
+    return value
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise ValueError
+    return value
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
         raise ValueError
     return value

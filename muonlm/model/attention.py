@@ -12,6 +12,7 @@ heads that are normalised, C head width, P the two halves of C that rotary posit
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -40,7 +41,7 @@ def attention_sdpa(
     """Same as `attention_matmul` through `scaled_dot_product_attention`."""
     B, T, _ = qkv_BTE.shape
     H, K, C = heads[:3]
-    q, k, v = _project(qkv_BTE, q_weight_C, k_weight_C, heads)
+    q, k, v = _project(qkv_BTE, q_weight_C, k_weight_C, heads, _fused_norm)
     allowed = None if document_BT is None else _allowed(document_BT)
     out_BHTC = F.scaled_dot_product_attention(
         *(q, k, v), attn_mask=allowed, is_causal=allowed is None, enable_gqa=K != H
@@ -54,7 +55,7 @@ def attention_math(
     """Same as `attention_matmul` in operations that can be differentiated twice, with all scores at once."""
     B, T, _ = qkv_BTE.shape
     H, K, C = heads[:3]
-    q, k, v = _project(qkv_BTE, q_weight_C, k_weight_C, heads)
+    q, k, v = _project(qkv_BTE, q_weight_C, k_weight_C, heads, rms_norm)
     k, v = (x.repeat_interleave(H // K, 1) for x in (k, v))
     allowed = torch.ones(T, T, dtype=torch.bool, device=q.device).tril() if document_BT is None else _allowed(document_BT)
     scores = (upcast(q @ k.transpose(-1, -2)) * C**-0.5).masked_fill(~allowed, float("-inf"))
@@ -62,15 +63,28 @@ def attention_math(
     return out_BHTC.transpose(1, 2).reshape(B, T, H * C)
 
 
-def _project(qkv_BTE: Tensor, q_weight_C: Tensor, k_weight_C: Tensor, heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
+def _fused_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    x = upcast(x)
+    return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
+
+
+def _project(
+    qkv_BTE: Tensor,
+    q_weight_C: Tensor,
+    k_weight_C: Tensor,
+    heads: Heads,
+    norm: Callable[[Tensor, Tensor, float], Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
     """Normalised and rotated queries (B, H, T, C) and keys (B, K, T, C), and values (B, K, T, C)."""
     B, T, _ = qkv_BTE.shape
     H, K, C, theta, eps = heads
     q, k, v = qkv_BTE.view(B, T, H + 2 * K, C).split((H, K, K), 2)
+    # A compiler does not see through the cache, and computes the tables where it needs them.
+    tables = rope_tables.__wrapped__ if torch.compiler.is_compiling() else rope_tables
 
     def norm_rope(x: Tensor, weight: Tensor) -> Tensor:
-        y = rms_norm(x, weight, eps).transpose(1, 2)
-        cos, sin = rope_tables(T, C, theta, y.device, y.dtype)
+        y = norm(x, weight, eps).transpose(1, 2)
+        cos, sin = tables(T, C, theta, y.device, y.dtype)
         first, second = y.chunk(2, -1)
         return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
 

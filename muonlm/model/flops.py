@@ -81,3 +81,11 @@ def flops_per_token(config: GPTConfig, vocab_size: int, seq_len: int) -> int:
     weights = counts["hidden"] + counts["router"] + _active_experts(config, counts["experts"])
     attention = config.num_layers * config.num_heads * config.resolved_head_dim * seq_len
     return 6 * (weights + vocab_size * config.hidden_size) + 12 * attention
+
+
+def loss_chunk_rows(vocab_size: int, *, on_gpu: bool) -> int:
+    """Positions whose logits exist at one time: on a GPU as many as make 2**28 logits, a multiple of 256.
+
+    Each chunk adds to the gradient of the head, which takes as long as some hundred rows of it.
+    """
+    return max(2**28 // vocab_size // 256 * 256, 512) if on_gpu else 512

@@ -34,6 +34,7 @@ class Attention(nn.Module):
         self.kind = config.attention
         self.heads = Heads(config.num_heads, config.resolved_kv_heads, head_dim, config.rope_theta, config.rms_norm_eps)
         self.group: Group = None
+        self.keep_products = False
         self.q_proj = Linear(size, config.num_heads * head_dim, bias=False)
         self.k_proj = Linear(size, config.resolved_kv_heads * head_dim, bias=False)
         self.v_proj = Linear(size, config.resolved_kv_heads * head_dim, bias=False)
@@ -47,7 +48,7 @@ class Attention(nn.Module):
         weights = [local(projection.weight) for projection in (self.q_proj, self.k_proj, self.v_proj)]
         qkv = F.linear(enter(x_BTD, self.group), torch.cat(weights))
         heads = _implementation(self.kind, x_BTD)(qkv, *self._norm_weights(), self.heads, document_BT)
-        return leave(self.o_proj(heads), self.group)
+        return leave(self.o_proj(heads), self.group, keep=self.keep_products)
 
     def _norm_weights(self) -> tuple[Tensor, Tensor]:
         """Of queries and keys; all heads share them, so that each rank has a part of their gradients."""
@@ -70,15 +71,22 @@ class Block(nn.Module):
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         plain = config.attention == "math"
-        self.recompute: Recompute = "none"
+        self._recompute: Recompute = "none"
         self.self_attn = Attention(config)
         self.mlp = MoE(config) if isinstance(config, MoEConfig) and has_experts(config, layer) else MLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, plain=plain)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, plain=plain)
 
+    def set_recompute(self, kind: Recompute) -> None:
+        """What the backward pass computes anew, see `recomputed`."""
+        self._recompute = kind
+        for module in self.modules():
+            if isinstance(module, Attention | MLP | MoE):
+                module.keep_products = kind == "selective"
+
     def forward(self, x_BTD: Tensor, document_BT: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """(B, T, D) -> (B, T, D) in the dtype of the input, and the auxiliary loss of its experts, if there is one."""
-        return recomputed(self._forward, self.recompute, x_BTD, document_BT)
+        return recomputed(self._forward, self._recompute, x_BTD, document_BT)
 
     def _forward(self, x_BTD: Tensor, document_BT: Tensor | None) -> tuple[Tensor, Tensor | None]:
         # explicit casts: an addition of two dtypes is not vectorised on a CPU
@@ -119,6 +127,7 @@ class GPT(nn.Module):
         self.config = config
         self.vocab_size = vocab_size
         self.document_separator: int | None = None
+        self.is_compiled = False
         self.model = Decoder(config, vocab_size)
         self.lm_head = Linear(config.hidden_size, vocab_size, bias=False)
         self.tie_weights()
@@ -127,6 +136,12 @@ class GPT(nn.Module):
         """Make the head share the embedding's parameter, if the configuration says so."""
         if self.config.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
+
+    def compile_parts(self) -> None:
+        """Compile the blocks, which share their code, and the loss with torch.compile at their first use."""
+        for block in self.blocks:
+            block.compile()
+        self.is_compiled = True
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -156,9 +171,11 @@ class GPT(nn.Module):
         x_BTD, losses = self.model(input_ids_BT, self._documents(input_ids_BT))
         if labels_BT is None:
             return soft_cap(self.lm_head(x_BTD), config.logit_softcap)
-        cross_entropy = plain_cross_entropy if config.attention == "math" else linear_cross_entropy
-        weight = local(self.lm_head.weight)
-        loss = cross_entropy(x_BTD.flatten(0, 1), weight, labels_BT.flatten(), cap=config.logit_softcap)
+        head = (x_BTD.flatten(0, 1), local(self.lm_head.weight), labels_BT.flatten())
+        if config.attention == "math":
+            loss = plain_cross_entropy(*head, cap=config.logit_softcap)
+        else:
+            loss = linear_cross_entropy(*head, cap=config.logit_softcap, compiled=self.is_compiled)
         if losses and isinstance(config, MoEConfig):
             # It adds its gradient, and nothing to the value, which so means the same in every run.
             auxiliary = torch.stack(losses).sum() * config.balance_coefficient

@@ -70,7 +70,7 @@ class _RMSNorm(torch.autograd.Function):
 class RMSNorm(nn.RMSNorm):
     """Root-mean-square norm over the last dim (arXiv:1910.07467), fp32 inside.
 
-    On a CPU the output has the compute dtype, so that the following matrix products need no cast.
+    The output has the compute dtype, so that the following matrix products need no cast.
     """
 
     def __init__(self, size: int, eps: float, *, plain: bool = False) -> None:
@@ -83,9 +83,9 @@ class RMSNorm(nn.RMSNorm):
         if use_fused(x, self.plain):
             out: Tensor = _RMSNorm.apply(x.contiguous(), weight, self.epsilon, compute_dtype(x))
             return out
-        if x.device.type == "cpu":
+        if self.plain:
             return rms_norm(x, weight, self.epsilon).to(compute_dtype(x))
-        return F.rms_norm(x, self.normalized_shape, weight.to(x.dtype), self.epsilon)
+        return F.rms_norm(x, self.normalized_shape, weight.to(x.dtype), self.epsilon).to(compute_dtype(x))
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -2,11 +2,14 @@
 
 Rows are taken in chunks; of each chunk the logits, their softmax, and at once both gradients are computed, and
 only the gradients (the size of the input and of the weight) are kept. The backward pass multiplies them by the
-upstream gradient. Shape suffixes: N rows, D hidden, V vocabulary.
+upstream gradient. What lies between the products reads and writes a chunk's logits some ten times; where it is compiled,
+twice. Shape suffixes: N rows, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,10 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from muonlm.model.flops import loss_chunk_rows
 from muonlm.model.layers import compute_dtype, upcast
-
-CHUNK_ROWS = 512
-
 
 def soft_cap(logits: Tensor, cap: float | None) -> Tensor:
     """cap * tanh(logits / cap) (arXiv:2408.00118), or the logits where `cap` is None."""
@@ -30,7 +31,12 @@ def plain_cross_entropy(x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, cap: 
 
 
 def linear_cross_entropy(
-    x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, chunk_rows: int = CHUNK_ROWS, cap: float | None = None
+    x_ND: Tensor,
+    weight_VD: Tensor,
+    labels_N: Tensor,
+    chunk_rows: int | None = None,
+    cap: float | None = None,
+    compiled: bool = False,
 ) -> Tensor:
     """Mean of cross_entropy(x @ weight.T, labels) over all rows, as a scalar of at least fp32.
 
@@ -41,15 +47,51 @@ def linear_cross_entropy(
         x_ND: hidden states, contiguous rows.
         weight_VD: output embedding (may be tied to the input embedding).
         labels_N: int64 class of each row; every row counts.
-        chunk_rows: rows whose logits exist at one time.
+        chunk_rows: rows whose logits exist at one time, `flops.loss_chunk_rows` when None.
         cap: bound of the logits, see `soft_cap`.
+        compiled: whether torch.compile fuses what is not a matrix product.
     """
     need_x = torch.is_grad_enabled() and x_ND.requires_grad
     need_weight = torch.is_grad_enabled() and weight_VD.requires_grad
+    rows = chunk_rows or loss_chunk_rows(weight_VD.size(0), on_gpu=x_ND.is_cuda)
+    differentiate = _compiled() if compiled else _differentiate
     loss: Tensor = _LinearCrossEntropy.apply(
-        x_ND, weight_VD, labels_N, chunk_rows, compute_dtype(x_ND), need_x, need_weight, cap
+        x_ND, weight_VD, labels_N, rows, compute_dtype(x_ND), need_x, need_weight, cap, differentiate
     )
     return loss
+
+
+Differentiate = Callable[[Tensor, Tensor, float | None], tuple[Tensor, Tensor]]
+
+
+def _differentiate(logits_NV: Tensor, labels_N1: Tensor, cap: float | None) -> tuple[Tensor, Tensor]:
+    """Sum of the rows' cross-entropies in at least fp32, and its gradient by the logits in their dtype."""
+    capped = soft_cap(upcast(logits_NV), cap)
+    p = torch.softmax(capped, -1)
+    # log-sum-exp = max logit - log(max probability), and that probability is at least 1/V
+    log_sum = capped.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log_()
+    loss = (log_sum - capped.gather(1, labels_N1)).sum()
+    grad = p.scatter_add_(1, labels_N1, p.new_full(labels_N1.shape, -1.0))
+    if cap is not None:
+        grad.addcmul_(grad, capped.square(), value=-1 / cap**2)  # tanh' = 1 - tanh^2
+    return loss, grad.to(logits_NV.dtype)
+
+
+def _fusible(logits_NV: Tensor, labels_N1: Tensor, cap: float | None) -> tuple[Tensor, Tensor]:
+    """The same in the form that compiles to two passes: a compiler does not fuse a scatter."""
+    capped = soft_cap(upcast(logits_NV), cap)
+    log_sum = torch.logsumexp(capped, -1, keepdim=True)
+    loss = (log_sum - capped.gather(1, labels_N1)).sum()
+    is_label = torch.arange(logits_NV.size(1), device=logits_NV.device) == labels_N1
+    grad = torch.exp(capped - log_sum) - is_label.to(capped.dtype)
+    if cap is not None:
+        grad = grad * (1 - (capped / cap).square())
+    return loss, grad.to(logits_NV.dtype)
+
+
+@cache
+def _compiled() -> Differentiate:
+    return torch.compile(_fusible)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -64,6 +106,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         need_x: bool,
         need_weight: bool,
         cap: float | None,
+        differentiate: Differentiate,
     ) -> Tensor:
         num_rows = x_ND.size(0)
         wide = torch.promote_types(x_ND.dtype, torch.float32)
@@ -75,18 +118,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for start in range(0, num_rows, chunk_rows):
                 x = x_ND[start : start + chunk_rows].to(dtype)
                 labels = labels_N[start : start + chunk_rows, None]
-                logits = soft_cap(upcast(F.linear(x, weight)), cap)
+                logits = F.linear(x, weight)
                 if not (need_x or need_weight):
-                    loss += F.cross_entropy(logits, labels.squeeze(1), reduction="sum")
+                    loss += F.cross_entropy(soft_cap(upcast(logits), cap), labels.squeeze(1), reduction="sum")
                     continue
-                p = torch.softmax(logits, -1)
-                # log-sum-exp = max logit - log(max probability), and that probability is at least 1/V
-                log_sum = logits.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log_()
-                loss += (log_sum - logits.gather(1, labels)).sum()
-                grad_logits = p.scatter_add_(1, labels, p.new_full(labels.shape, -1.0))
-                if cap is not None:
-                    grad_logits.addcmul_(grad_logits, logits.square(), value=-1 / cap**2)  # tanh' = 1 - tanh^2
-                grad_logits = grad_logits.to(dtype)
+                chunk_loss, grad_logits = differentiate(logits, labels, cap)
+                loss += chunk_loss
                 if grad_x is not None:
                     torch.mm(grad_logits, weight, out=grad_x[start : start + chunk_rows])
                 if grad_weight is not None:
@@ -102,4 +139,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
         scale = grads[0] / ctx.num_rows
         grad_x = None if grad_x is None else (grad_x * scale).to(ctx.x_dtype)
         grad_weight = None if grad_weight is None else (grad_weight * scale).to(ctx.weight_dtype)
-        return grad_x, grad_weight, None, None, None, None, None, None
+        return grad_x, grad_weight, None, None, None, None, None, None, None

@@ -17,6 +17,7 @@ class MLP(nn.Module):
         super().__init__()
         size, inner = config.hidden_size, intermediate_size or config.intermediate_size
         self.group: Group = None
+        self.keep_products = False
         self.kind, self.plain = config.activation, config.attention == "math"
         self.gate_proj = Linear(size, inner, bias=False) if config.gated else None
         self.up_proj = Linear(size, inner, bias=False)
@@ -26,4 +27,5 @@ class MLP(nn.Module):
         """(B, T, D) -> (B, T, D)."""
         x_BTD = enter(x_BTD, self.group)
         gate = None if self.gate_proj is None else self.gate_proj(x_BTD)
-        return leave(self.down_proj(activate(gate, self.up_proj(x_BTD), self.kind, plain=self.plain)), self.group)
+        hidden = activate(gate, self.up_proj(x_BTD), self.kind, plain=self.plain)
+        return leave(self.down_proj(hidden), self.group, keep=self.keep_products)

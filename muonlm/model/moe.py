@@ -163,6 +163,7 @@ class MoE(nn.Module):
     def __init__(self, config: MoEConfig) -> None:
         super().__init__()
         self.group: Group = None
+        self.keep_products = False
         self.gate = TopKRouter(config)
         self.experts = RoutedExperts(config)
         self.shared_experts = MLP(config, config.shared_size) if config.num_shared_experts else None
@@ -173,7 +174,8 @@ class MoE(nn.Module):
         routing = self.gate(x_ND)
         # Each rank of `group` has a part of the gradient of the weights, as it has of that of the tokens.
         weights = enter(routing.weights_NK, self.group)
-        out = leave(self.experts(enter(x_ND, self.group), weights, routing.experts_NK), self.group).view_as(x_BTD)
+        out = self.experts(enter(x_ND, self.group), weights, routing.experts_NK)
+        out = leave(out, self.group, keep=self.keep_products).view_as(x_BTD)
         if self.shared_experts is not None:
             out = out + self.shared_experts(x_BTD)
         return out, routing.aux

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextvars import ContextVar
 from functools import partial
 from typing import Any, Literal
 
@@ -12,36 +11,18 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 Recompute = Literal["none", "selective", "full"]
 
-_is_selective: ContextVar[bool] = ContextVar("is_selective", default=False)
-
-
 def recomputed(function: Callable[..., Any], kind: Recompute, *args: Any) -> Any:
     """`function(*args)`; of its activations, those that `kind` says are computed anew in the backward pass.
 
     full: all. selective: all but results of matrix products and of attention, which are the dear ones. The function
-    must be deterministic; it may communicate, which it then does again.
+    must be deterministic and may not overwrite what is kept; it may communicate, which it then does again.
     """
     if kind == "none" or not torch.is_grad_enabled():
         return function(*args)
     if kind == "full":
         return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
     contexts = partial(create_selective_checkpoint_contexts, _policy)
-    return checkpoint(
-        partial(_selectively, function), *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
-    )
-
-
-def keeps_products() -> bool:
-    """Whether results of matrix products are being kept, so that they may not be overwritten."""
-    return _is_selective.get()
-
-
-def _selectively(function: Callable[..., Any], *args: Any) -> Any:
-    token = _is_selective.set(True)
-    try:
-        return function(*args)
-    finally:
-        _is_selective.reset(token)
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
 
 _KEPT = {

@@ -17,7 +17,6 @@ from torch.distributed.tensor import DTensor
 
 from muonlm.dist import collectives
 from muonlm.dist.collectives import Group
-from muonlm.model.recompute import keeps_products
 
 _KIND = "tensor_all_reduce"
 
@@ -35,11 +34,11 @@ def enter(x: Tensor, group: Group) -> Tensor:
     return out
 
 
-def leave(x: Tensor, group: Group) -> Tensor:
-    """The sum of the ranks' `x`, which is overwritten unless it is kept; the gradient goes back as it is."""
+def leave(x: Tensor, group: Group, *, keep: bool) -> Tensor:
+    """The sum of the ranks' `x`, which is overwritten unless it is to `keep`; the gradient goes back as it is."""
     if group is None:
         return x
-    out: Tensor = _Leave.apply(x.clone() if keeps_products() else x, group)
+    out: Tensor = _Leave.apply(x.clone() if keep else x, group)
     return out
 
 

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from muonlm.bridge.pretrained import load_pretrained
+from muonlm.bridge.tokenizer import check_same_tokenizer
 from muonlm.checkpoint import store
 from muonlm.config.errors import UserError
 from muonlm.config.schema import TrainConfig
@@ -118,9 +120,15 @@ def _is_due(step: int, interval: int) -> bool:
 
 
 def _restore(parts: Parts, run: RunDirectory) -> Progress:
-    """Load the newest complete checkpoint, if there is one; the same on all ranks."""
+    """Load the newest complete checkpoint, else the weights of `init_from`, if there are any; the same on all ranks."""
     path = on_main(lambda: store.latest(run.path))
-    return Progress(**store.load(path, parts.model, parts.optimizer)) if path else Progress()
+    if path is not None:
+        return Progress(**store.load(path, parts.model, parts.optimizer))
+    if (directory := parts.config.init_from) is not None:
+        with raised_on_all_ranks():
+            check_same_tokenizer(directory, parts.config.data.path)
+            load_pretrained(parts.model, directory)
+    return Progress()
 
 
 def _open_tracker(parts: Parts, run: RunDirectory, progress: Progress) -> Tracker:

@@ -209,9 +209,9 @@ def _spread(
     """
     loop, dist = config.loop, config.dist
     for block in model.blocks:
-        block.recompute = loop.activation_checkpointing
-        if loop.compile:
-            block.compile()
+        block.set_recompute(loop.activation_checkpointing)
+    if loop.compile:
+        model.compile_parts()
     if mesh.tensor is not None or mesh.expert is not None:
         shard_layers(model, tensor=mesh.tensor, expert=mesh.expert, both=mesh.expert_and_tensor)
     if mesh.sharded is not None:

@@ -22,6 +22,7 @@ import torch
 from muonlm_kernels.coefficients import Triple
 from muonlm_kernels.gpu import configs, elementwise
 from muonlm_kernels.gpu.padding import padded
+from muonlm_kernels.gpu.recorded import Buffers, is_worthwhile, recording
 from muonlm_kernels.gpu.symmetric import symmetric
 from muonlm_kernels.gpu.tma import symmetric_tma, update_tma
 from muonlm_kernels.gpu.update import update
@@ -58,7 +59,8 @@ def orthogonalize(
     from X, times the product of their a, so that noise does not grow where the matrix has no direction. No FLOPs; one
     more buffer, bfloat16.
 
-    M and N are padded to multiples of 16 inside. Costs two buffers like the result (one where the result is wide and
+    Small stacks are recorded as a CUDA graph at their second call, and replayed (`recorded`). M and N are padded to
+    multiples of 16 inside. Costs two buffers like the result (one where the result is wide and
     needs no padding) and two (K, m, m) ones, five for long segments.
 
     Raises ValueError for another shape, dtype, method or device.
@@ -74,16 +76,30 @@ def orthogonalize(
     num_compensated = compensated_steps(triples, dtype) if compensated else 0
     carried = [start < num_compensated for start, _ in segments]
     size = padded(batch, rows, cols)
-    # No form of the last product both carries and transposes.
-    direct = size == wide_KMN.shape and not (tall and carried[-1])
+    launch = _Launcher(configs.target_of(grad_KMN.device))
+
+    def allocate(last_KMN: torch.Tensor | None = None) -> Buffers:
+        chain = _iterates(out_KMN.new_empty(size) if last_KMN is None else last_KMN, len(segments))
+        return Buffers(chain, torch.empty_like(chain[0], dtype=torch.bfloat16) if any(carried) else None)
+
+    def iterate(buffers: Buffers) -> None:
+        _iterate(launch, buffers.chain, triples, segments, [buffers.lo_KMN if carry else None for carry in carried])
+
     with torch.cuda.device_of(grad_KMN):
-        chain = _iterates(wide_out_KMN if direct else out_KMN.new_empty(size), len(segments))
-        lo_KMN = torch.empty_like(chain[0], dtype=torch.bfloat16) if any(carried) else None
-        launch = _Launcher(configs.target_of(grad_KMN.device))
-        finite_K = launch.normalize(wide_KMN, partials_K2P, chain[0], lo_KMN)
-        _iterate(launch, chain, triples, segments, [lo_KMN if carry else None for carry in carried])
-        if not direct:
-            wide_out_KMN.copy_(chain[-1][:, :rows, :cols])
+        recorded = None
+        if is_worthwhile(size, grad_KMN.device):
+            key = (size, tuple(triples), dtype, tuple(segments), num_compensated, grad_KMN.device)
+            recorded = recording(key, allocate, iterate)
+        # No form of the last product both carries and transposes.
+        is_direct = recorded is None and size == wide_KMN.shape and not (tall and carried[-1])
+        buffers = recorded.buffers if recorded is not None else allocate(wide_out_KMN if is_direct else None)
+        finite_K = launch.normalize(wide_KMN, partials_K2P, buffers.chain[0], buffers.lo_KMN)
+        if recorded is not None:
+            recorded.graph.replay()
+        else:
+            iterate(buffers)
+        if not is_direct:
+            wide_out_KMN.copy_(buffers.chain[-1][:, :rows, :cols])
     return out_KMN, finite_K
 
 
