@@ -46,7 +46,7 @@ def on_main(function: Callable[[], T]) -> T:
 
 
 def first_difference(every: list[list[str]]) -> tuple[int, str] | None:
-    """Of the ranks' lists, the first rank whose list is not that of rank 0, and where they part; None if all are equal."""
+    """Of the ranks' lists, the first rank whose list is not that of rank 0, and where they part; None if all equal."""
     rank = next((rank for rank, lines in enumerate(every) if lines != every[0]), None)
     if rank is None:
         return None

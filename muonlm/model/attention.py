@@ -57,7 +57,7 @@ def attention_math(
     H, K, C = heads[:3]
     q, k, v = _project(qkv_BTE, q_weight_C, k_weight_C, heads, rms_norm)
     k, v = (x.repeat_interleave(H // K, 1) for x in (k, v))
-    allowed = torch.ones(T, T, dtype=torch.bool, device=q.device).tril() if document_BT is None else _allowed(document_BT)
+    allowed = _allowed(qkv_BTE.new_zeros(1, T) if document_BT is None else document_BT)
     scores = (upcast(q @ k.transpose(-1, -2)) * C**-0.5).masked_fill(~allowed, float("-inf"))
     out_BHTC = torch.softmax(scores, -1).to(v.dtype) @ v
     return out_BHTC.transpose(1, 2).reshape(B, T, H * C)

@@ -45,11 +45,11 @@ def outline(config: GPTConfig, vocab_size: int) -> GPT:
 def materialize(model: GPT, seed: int, device: torch.device) -> None:
     """Allocate on `device` what this rank keeps of an outline, and fill it; communicates nothing.
 
-    Norm weights are 1; every matrix is normal with standard deviation `init_std` times `std_factor`, those that write to
-    the residual stream with 1 / sqrt(2 * num_layers) of that. Each parameter has random streams of its own, seeded by
-    `seed`, its name and the place in it, drawn on the CPU. Its values so depend neither on the order of construction, nor
-    on other parameters, nor on how and over how many ranks it is cut; the global random state is neither read nor
-    changed.
+    Norm weights are 1; every matrix is normal with standard deviation `init_std` times `std_factor`, those that write
+    to the residual stream with 1 / sqrt(2 * num_layers) of that. Each parameter has random streams of its own, seeded
+    by `seed`, its name and the place in it, drawn on the CPU. So its values depend neither on the order of
+    construction, nor on other parameters, nor on how and over how many ranks it is cut; the global random state is
+    neither read nor changed.
     """
     model.to_empty(device=device)
     model.tie_weights()  # to_empty gives each module a parameter of its own

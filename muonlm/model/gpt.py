@@ -144,9 +144,9 @@ class GPT(nn.Module):
         self.is_compiled = True
 
     @property
-    def blocks(self) -> nn.ModuleList:
+    def blocks(self) -> list[Block]:
         """The decoder blocks, in order."""
-        return self.model.layers
+        return [layer for layer in self.model.layers if isinstance(layer, Block)]
 
     def get_input_embeddings(self) -> nn.Embedding:
         """The token embedding."""

@@ -2,8 +2,8 @@
 
 Rows are taken in chunks; of each chunk the logits, their softmax, and at once both gradients are computed, and
 only the gradients (the size of the input and of the weight) are kept. The backward pass multiplies them by the
-upstream gradient. What lies between the products reads and writes a chunk's logits some ten times; where it is compiled,
-twice. Shape suffixes: N rows, D hidden, V vocabulary.
+upstream gradient. What lies between the products reads and writes a chunk's logits some ten times; where it is
+compiled, twice. Shape suffixes: N rows, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from muonlm.model.flops import loss_chunk_rows
 from muonlm.model.layers import compute_dtype, upcast
+
 
 def soft_cap(logits: Tensor, cap: float | None) -> Tensor:
     """cap * tanh(logits / cap) (arXiv:2408.00118), or the logits where `cap` is None."""

@@ -1,9 +1,9 @@
 """Mixtures of experts without dropped tokens: the router, the experts, and what keeps their loads even.
 
-Parameter names and mathematics are those of transformers' Glm4MoeForCausalLM (router "sigmoid") and
-Qwen3MoeForCausalLM ("softmax"), with each kind of expert matrix as one stack (E, out, in). Where `group` is set, its ranks
-hold other experts, and tokens travel to them and back (`muonlm.model.tokens`). Shape suffixes: N tokens, K experts of
-each, S = N * K rows, D hidden, F width of an expert, E experts.
+Parameter names and mathematics are those of transformers' Glm4MoeForCausalLM (router "sigmoid") and Qwen3MoeForCausalLM
+("softmax"), with each kind of expert matrix as one stack (E, out, in). Where `group` is set, its ranks hold other
+experts, and tokens travel to them and back (`muonlm.model.tokens`). Shape suffixes: N tokens, K experts of each, S = N
+* K rows, D hidden, F width of an expert, E experts.
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ class TopKRouter(Linear):
 
     While training it counts, over the passes since `take_load`, the rows of each expert and the entropy of the scores.
     """
+
+    e_score_correction_bias: Tensor | None
 
     def __init__(self, config: MoEConfig) -> None:
         super().__init__(config.hidden_size, config.num_experts, bias=False)
@@ -113,8 +115,8 @@ class RoutedExperts(nn.Module):
 
     def __init__(self, config: MoEConfig) -> None:
         super().__init__()
-        self.config, self.group = config, None
-        self.group: Group
+        self.config = config
+        self.group: Group = None
         E, F_, D = config.num_experts, config.expert_size, config.hidden_size
         if config.gated:
             self.gate_proj = nn.Parameter(torch.empty(E, F_, D))
@@ -216,6 +218,7 @@ def settle_loads(model: nn.Module, *, measure: bool) -> Balance | None:
     mean_L1 = rows_LE.mean(-1, keepdim=True)
     for router, rows_E, mean in zip(routers, rows_LE, mean_L1):
         if router.config.balance == "bias":
+            assert router.e_score_correction_bias is not None
             router.e_score_correction_bias.add_(torch.sign(mean - rows_E).float(), alpha=router.config.bias_rate)
     if not measure:
         return None

@@ -1,8 +1,8 @@
-"""The projections of a model cut over ranks that share a layer (Megatron-LM, arXiv:1909.08053), and its experts dealt out.
+"""The projections of a model cut over ranks that share a layer, and its experts dealt out.
 
-Tensor parallelism gives each rank whole heads, or whole columns of a feed-forward layer: rows of what reads the
-residual stream, columns of what writes to it. Expert parallelism gives each rank whole experts (GShard,
-arXiv:2006.16668).
+Tensor parallelism (Megatron-LM, arXiv:1909.08053) gives each rank whole heads, or whole columns of a feed-forward
+layer: rows of what reads the residual stream, columns of what writes to it. Expert parallelism (GShard,
+arXiv:2006.16668) gives each rank whole experts.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def shard_layers(
             placements |= _share(module, tensor)
     for module in model.modules():
         is_stack = isinstance(module, RoutedExperts)
-        if is_stack and expert is not None:
+        if isinstance(module, RoutedExperts) and expert is not None:
             module.group = expert.get_group()
         for name, param in list(module.named_parameters(recurse=False)):
             mesh, cuts = tensor, [Shard(_EXPERT_DIMS[name]) if is_stack else placements.get(module, Replicate())]
@@ -62,5 +62,5 @@ def _share(module: nn.Module, tensor: DeviceMesh) -> dict[nn.Module, Placement]:
     if isinstance(module, Attention):
         heads, size = module.heads, tensor.size()
         module.heads = heads._replace(num_heads=heads.num_heads // size, num_kv_heads=heads.num_kv_heads // size)
-    below = dict(module.named_children())
-    return {below[name]: Shard(dim) for dim, names in enumerate((_BY_ROWS, _BY_COLUMNS)) for name in names if name in below}
+    dims = dict.fromkeys(_BY_ROWS, 0) | dict.fromkeys(_BY_COLUMNS, 1)
+    return {child: Shard(dims[name]) for name, child in module.named_children() if name in dims}

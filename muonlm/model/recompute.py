@@ -11,6 +11,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 Recompute = Literal["none", "selective", "full"]
 
+
 def recomputed(function: Callable[..., Any], kind: Recompute, *args: Any) -> Any:
     """`function(*args)`; of its activations, those that `kind` says are computed anew in the backward pass.
 

@@ -51,12 +51,6 @@ def reorder(x_S: Tensor, order: Order) -> Tensor:
     return out
 
 
-def _gather_sum(x_SD: Tensor, order: Order, num_copies: int) -> Tensor:
-    """Rows back from `order`, those of one token summed, in the order of its experts."""
-    x_SD = x_SD.index_select(0, order.inverse_S)
-    return x_SD if num_copies == 1 else x_SD.unflatten(0, (-1, num_copies)).sum(1)
-
-
 class _RepeatRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, order: Order, num_copies: int) -> Tensor:
@@ -64,22 +58,20 @@ class _RepeatRows(torch.autograd.Function):
         return x.index_select(0, order.order_S if num_copies == 1 else order.order_S // num_copies)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return _gather_sum(grads[0], ctx.order, ctx.num_copies), None, None
+        return sum_rows(grads[0], ctx.order, ctx.num_copies), None, None
 
 
 class _SumRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y_SD: Tensor, order: Order, num_copies: int) -> Tensor:
         ctx.order, ctx.num_copies = order, num_copies
-        return _gather_sum(y_SD, order, num_copies)
+        y_SD = y_SD.index_select(0, order.inverse_S)
+        return y_SD if num_copies == 1 else y_SD.unflatten(0, (-1, num_copies)).sum(1)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        order = ctx.order.order_S
-        return grads[0].index_select(0, order if ctx.num_copies == 1 else order // ctx.num_copies), None, None
+        return repeat_rows(grads[0], ctx.order, ctx.num_copies), None, None
 
 
 class Traffic(NamedTuple):

@@ -32,9 +32,9 @@ class Diverged(NonFiniteGradient):
 class StepResult:
     """What one optimizer step did. `loss` is the mean over the global batch; `seconds` leaves measuring out.
 
-    `is_skipped`: a loss or gradient was not finite, and nothing was updated (`optim.non_finite = "skip"`).
-    `balance` says how evenly experts were used. It and `updates` are None when the step was not measured; then, on a GPU, `optimizer_s` is not waited for either and
-    part of it shows up in the next step.
+    `is_skipped`: a loss or gradient was not finite, and nothing was updated (`optim.non_finite = "skip"`). `balance`
+    says how evenly experts were used. It and `updates` are None when the step was not measured; then, on a GPU,
+    `optimizer_s` is not waited for either and part of it shows up in the next step.
     """
 
     loss: float
@@ -51,8 +51,8 @@ def take_step(parts: Parts, step: int, sequences: int, *, measure: bool, stop: b
     """Train on the global samples from `sequences` on; `step` counts from 0. Called by all ranks.
 
     `stop` says that this rank was asked to stop; the result's `stop` is true on all ranks when any was. Collectives:
-    those that average gradients, with FSDP2, tensor and expert parallelism also those of the forward pass; one all_reduce
-    of four fp64 numbers; that of the experts' loads; and the optimizer's. Raises Diverged on all ranks.
+    those that average gradients, with FSDP2, tensor and expert parallelism also those of the forward pass; one
+    all_reduce of four fp64 numbers; that of the experts' loads; and the optimizer's. Raises Diverged on all ranks.
     """
     config, optimizer = parts.config, parts.optimizer
     begin = time.perf_counter()
