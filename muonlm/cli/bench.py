@@ -12,6 +12,8 @@ def add(commands: Any) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     train = actions.add_parser("train", add_help=False, help="training steps; --help lists its options")
     train.set_defaults(run=_train, passes_rest=True)
+    moe = actions.add_parser("moe", add_help=False, help="a layer of experts; --help lists its options")
+    moe.set_defaults(run=_moe, passes_rest=True)
     optimizer = actions.add_parser(
         "optimizer", add_help=False, help="optimizer steps on several ranks; --help lists its options"
     )
@@ -24,6 +26,12 @@ def add(commands: Any) -> None:
 
 def _train(args: argparse.Namespace) -> int:
     from muonlm.bench.train import main
+
+    return int(main(args.rest) or 0)
+
+
+def _moe(args: argparse.Namespace) -> int:
+    from muonlm.bench.moe import main
 
     return int(main(args.rest) or 0)
 

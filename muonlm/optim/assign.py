@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from muonlm_kernels import matmul_flops
-
 # Where the reductions between ranks that share a matrix cost as much as the sharing saves: see `reduction_price`.
 SPLIT_MIN_FLOPS = 10**9
 _GOOD_IMBALANCE = 1.05
@@ -51,10 +49,9 @@ class Assignment:
 def shared_flops(rows: int, cols: int, num_workers: int, steps: int = 5) -> int:
     """FLOPs of each of `num_workers` ranks that share a matrix, each holding a part of its longer side.
 
-    A step is 4 m^2 n / g for X X^T and A X, and the cheaper of A A and A (A X): see `muonlm.optim.shared`.
+    A step is 4 m^2 n / g for X X^T and A X, and the cheaper of A A and A (A X): see `muonlm.optim.shared`. With one
+    worker that is `muonlm_kernels.matmul_flops`, which is not imported here as it brings torch with it.
     """
-    if num_workers == 1:
-        return matmul_flops(rows, cols, steps)
     m, n = sorted((rows, cols))
     part = -(-n // num_workers)
     return steps * (4 * m * m * part + 2 * m * m * min(m, part))
@@ -119,7 +116,7 @@ def _pack(
     What may not be shared raises the limit where it must. The second value is the largest load, reductions included.
     """
     price = reduction_price(split_min_flops, steps)
-    flops = [matmul_flops(job.rows, job.cols, steps) for job in jobs]
+    flops = [shared_flops(job.rows, job.cols, 1, steps) for job in jobs]
     loads, loads_flops = [0.0] * num_ranks, [0] * num_ranks
     workers: list[tuple[int, ...]] = [()] * len(jobs)
     bound = [job.pinned or (use_holders and bool(job.holders)) for job in jobs]

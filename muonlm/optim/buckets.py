@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from muonlm_kernels import matmul_flops
+from muonlm.optim.assign import shared_flops
 
 MAX_PADDING = 0.05
 _MAX_GROWTH = 32
@@ -128,7 +128,7 @@ def _place(item: Item, index: int, number: int, state: _Fill, target: int, steps
     else:
         rank = min(range(len(state.fill)), key=lambda r: (state.fill[r], state.flops[r], r))
     state.fill[rank] += size
-    state.flops[rank] += matmul_flops(item.rows, item.cols, steps)
+    state.flops[rank] += shared_flops(item.rows, item.cols, 1, steps)
     state.owned[rank].append((index, number))
 
 

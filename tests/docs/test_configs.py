@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -23,9 +24,17 @@ def test_every_config_belongs_to_a_kind():
 
 @pytest.mark.parametrize("name", names("train"))
 def test_train_configs_can_be_planned(name: str, capsys: pytest.CaptureFixture[str]):
+    """On the GPUs that the file is for, it fits into their memory."""
     assert load_train(name).name == name
-    assert main(["plan", name, "--vocab-size", str(load_train(name).model.vocab_size or 1024)]) == 0
-    assert "FLOP" in capsys.readouterr().out
+    text = (CONFIGS / "train" / f"{name.removesuffix('-adamw')}.toml").read_text()
+    where = ["--world-size", "1"]
+    if machines := re.search(r"for (\d+) GPUs(?:, (\d+) nodes of 8 H100)?", text):
+        gpus, nodes = int(machines[1]), int(machines[2] or 1)
+        where = ["--nodes", str(nodes), "--gpus-per-node", str(gpus // nodes), "--gpu", "h100-80gb"]
+    found = main(["plan", name, "--vocab-size", str(load_train(name).model.vocab_size or 1024), *where])
+    printed = capsys.readouterr()
+    assert found == 0, printed.err + printed.out[printed.out.find("does not fit") :]
+    assert "FLOP" in printed.out
 
 
 @pytest.mark.parametrize("name", names("compare"))
