@@ -18,6 +18,10 @@ def add(commands: Any) -> None:
         "optimizer", add_help=False, help="optimizer steps on several ranks; --help lists its options"
     )
     optimizer.set_defaults(run=_optimizer, passes_rest=True)
+    coordinates = actions.add_parser(
+        "coordinates", add_help=False, help="whether updates depend on the width; --help lists its options"
+    )
+    coordinates.set_defaults(run=_coordinates, passes_rest=True)
     newton_schulz = actions.add_parser(
         "newton-schulz", add_help=False, help="orthogonalization and its kernels; --help lists its commands"
     )
@@ -38,6 +42,12 @@ def _moe(args: argparse.Namespace) -> int:
 
 def _optimizer(args: argparse.Namespace) -> int:
     from muonlm.bench.optimizer import main
+
+    return int(main(args.rest) or 0)
+
+
+def _coordinates(args: argparse.Namespace) -> int:
+    from muonlm.bench.coordinates import main
 
     return int(main(args.rest) or 0)
 

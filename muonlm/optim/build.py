@@ -12,6 +12,7 @@ from muonlm.dist.precision import bfloat16_is_fast
 from muonlm.optim.muon import Muon
 from muonlm.optim.rules import ParamRule, assign_rules, groups_of
 from muonlm.optim.shards import Sharding
+from muonlm.optim.transfer import transferred
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -22,6 +23,7 @@ def build_optimizer(
     *,
     iterate_dtype: torch.dtype | None = None,
     rules: list[ParamRule] | None = None,
+    width_ratio: float = 1.0,
     sharding: Sharding | None = None,
 ) -> Muon:
     """Muon with AdamW for the rest, or AdamW alone, with a parameter group for each role and its settings.
@@ -29,12 +31,15 @@ def build_optimizer(
     Every group has `name`, `rule`, `lr` and `base_lr` (the peak that schedules multiply). `iterate_dtype` is the
     precision of Newton-Schulz where the configuration leaves it to "auto"; a probe of the device decides when it is
     None, and ranks or restarts that must agree pass it. `rules` are those of `assign_rules`, where they are known
-    already; `sharding` is that of `Muon`. Raises what `assign_rules` raises.
+    already; else learning rates are for a model `width_ratio` times as wide as the one they were tuned on
+    (`muonlm.optim.transfer`). `sharding` is that of `Muon`. Raises what `assign_rules` raises.
     """
     params = dict(model.named_parameters())
+    if rules is None:
+        rules = transferred(assign_rules(model, config), width_ratio)
     groups: list[dict[str, Any]] = [
         {"name": name, "params": [(rule.name, params[rule.name]) for rule in members], **members[0].options()}
-        for name, members in groups_of(rules if rules is not None else assign_rules(model, config)).items()
+        for name, members in groups_of(rules).items()
     ]
     if isinstance(config, AdamWConfig):
         return Muon(groups, non_finite=config.non_finite, sharding=sharding)

@@ -10,7 +10,7 @@ SCALINGS: tuple[Scaling, ...] = ("jordan", "spectral", "rms_adamw")
 ADAMW_RMS = 0.2
 
 
-def update_scale(scaling: Scaling, out_features: int, in_features: int) -> float:
+def update_scale(scaling: Scaling, out_features: float, in_features: float) -> float:
     """Factor on the orthogonal update of an (out, in) matrix.
 
     jordan: sqrt(max(1, out / in)) (K. Jordan 2024). spectral: sqrt(out / in), so that the update has unit

@@ -36,6 +36,7 @@ from muonlm.optim.muon import Muon
 from muonlm.optim.rules import ParamRule, assign_rules
 from muonlm.optim.rules_table import rules_table
 from muonlm.optim.shards import Sharding
+from muonlm.optim.transfer import transferred
 from muonlm.optim.zero import ZeroDataParallel
 from muonlm.train.evaluate import eval_indices
 from muonlm.train.peak_flops import peak_flops
@@ -95,7 +96,7 @@ def build(config: TrainConfig, world: World, recorded: dict[str, Any]) -> Parts:
     with raised_on_all_ranks():
         model = outline(config.model, vocab_size)
         model.document_separator = train_data.end_of_text_id
-        rules = assign_rules(model, config.optim)
+        rules = transferred(assign_rules(model, config.optim), config.model.width_ratio)
         on_way = eval_indices(validation_data.num_sequences, config.data.seq_len, config.eval.tokens)
         at_end = eval_indices(validation_data.num_sequences, config.data.seq_len, config.eval.final_tokens)
         if world.is_main:
