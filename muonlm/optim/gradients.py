@@ -11,6 +11,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -137,27 +138,26 @@ def _squares(
         return squares, [], {}
     # The norm of a 16-bit gradient would be rounded to 16 bits itself.
     wide = None if any(grad.dtype == torch.float64 for _, _, grad in live) else torch.float32
-    norms = torch.stack([n.double() for n in torch._foreach_norm([grad for _, _, grad in live], 2, wide)]).tolist()
-    bad, copied = [], {}
+    norms = torch.stack(torch._foreach_norm([grad for _, _, grad in live], 2, wide)).tolist()
+    bad, copied, num_ranks = [], {}, collectives.world_size()
     for (name, shard, grad), norm in zip(live, norms, strict=True):
         if not math.isfinite(norm):
             norm = float(grad.double().norm()) if bool(torch.isfinite(grad).all()) else math.nan
             if math.isnan(norm):
                 bad.append(shard.name)
         squares[name] += norm * norm / shard.layout.num_copies
-        if shard.layout.num_copies == collectives.world_size():
+        if shard.layout.num_copies == num_ranks:
             copied[shard.name] = norm * norm
     return squares, bad, copied
 
 
 def _group_norms(groups: Sequence[GroupShards], squares: dict[str, float], device: torch.device) -> dict[str, float]:
-    is_sharded = any(
-        not s.layout.is_replicated or s.layout.num_copies < collectives.world_size() for g in groups for s in g.shards
-    )
-    if not (collectives.is_active() and is_sharded):
+    if not collectives.is_active():
+        return {name: math.sqrt(square) for name, square in squares.items()}
+    num_ranks = collectives.world_size()
+    if all(s.layout.is_replicated and s.layout.num_copies == num_ranks for g in groups for s in g.shards):
         # The same gradients on all ranks: each has counted its share of every element.
-        share = collectives.world_size() if collectives.is_active() else 1
-        return {name: math.sqrt(square * share) for name, square in squares.items()}
+        return {name: math.sqrt(square * num_ranks) for name, square in squares.items()}
     names = [group.name for group in groups if group.name in squares]
     summed = torch.tensor([squares[name] for name in names], dtype=torch.float64, device=device)
     return dict(zip(names, collectives.all_reduce(summed).sqrt().tolist(), strict=True))
@@ -171,8 +171,13 @@ def _log_sum(squares: dict[str, float]) -> int:
     """
     finite = {name: square for name, square in squares.items() if math.isfinite(square)}
     floor = 1e-12 * sum(finite.values()) + 1e-300
-    logs = ((1 + _hash(name) % 1000 / 1000) * math.log(square + floor) / 2 for name, square in finite.items())
+    logs = (_weight(name) * math.log(square + floor) / 2 for name, square in finite.items())
     return round(sum(logs) * _LOG_UNITS)
+
+
+@cache
+def _weight(name: str) -> float:
+    return 1 + _hash(name) % 1000 / 1000
 
 
 def _hash(text: str) -> int:

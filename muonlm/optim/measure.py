@@ -40,8 +40,8 @@ class UpdateNorms:
             return
         squares = []
         for name, shards in self._groups.items():
-            change = torch._foreach_sub(before[name], [shard.local() for shard in shards])
-            norms = torch.stack([norm.double() for norm in torch._foreach_norm(change)])
+            torch._foreach_sub_(before[name], [shard.local() for shard in shards])
+            norms = torch.stack(torch._foreach_norm(before[name])).double()
             copies = torch.tensor([shard.layout.num_copies for shard in shards], device=norms.device)
             squares.append((norms.square() / copies).sum())
         total = collectives.all_reduce(torch.stack(squares)).sqrt().tolist()

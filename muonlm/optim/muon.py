@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
+from itertools import islice
 from typing import Any, Literal
 
 import torch
@@ -23,7 +24,7 @@ import torch
 from muonlm.config.errors import UserError
 from muonlm.dist import collectives
 from muonlm.optim.assign import SPLIT_MIN_FLOPS
-from muonlm.optim.exchange import Exchange
+from muonlm.optim.exchange import Blocks, Exchange
 from muonlm.optim.gradients import Description, GradNorms, GroupShards, agree_and_clip, describe
 from muonlm.optim.groups import check_group, check_options
 from muonlm.optim.pieces import Piece, pieces_of
@@ -322,20 +323,18 @@ class Muon(torch.optim.Optimizer):
             return
         if self._exchange is None:
             self._exchange = Exchange(self.plan(), collectives.rank(), self._depth)
-        updates = [
-            update
-            for group in groups
-            for update in advance_momentum(group, self.shards(group), self._states(group), self._wire_dtype)
-        ]
+        updates = self._exchange.new_updates(self._wire_dtype, self._device)
+        remaining = iter(updates.by_param)
+        for group in groups:
+            own = list(islice(remaining, len(group["params"])))
+            advance_momentum(group, self.shards(group), self._states(group), own)
         computed = self._exchange.run(updates, self._orthogonalize, self._orthogonalize_part)
-        planned = sum(len(work.tasks) for work in self._exchange.rounds)
+        planned = self._exchange.num_tasks
         if computed != planned:
             raise RuntimeError(f"{computed} matrices were orthogonalized on this rank, the plan has {planned}")
-        remaining = iter(enumerate(updates))
+        blocks = zip(updates.by_param, self._exchange.blocks, strict=True)
         for group in groups:
-            for shard in self.shards(group):
-                index, update = next(remaining)
-                self._apply(group, shard, index, update)
+            self._apply(group, islice(blocks, len(group["params"])))
 
     def _states(self, group: dict[str, Any]) -> list[dict[str, Any]]:
         return [self.state[param] for param in group["params"]]
@@ -359,20 +358,24 @@ class Muon(torch.optim.Optimizer):
             partial(reduce, op="max"),
         )
 
-    def _apply(self, group: dict[str, Any], shard: Shard, index: int, update: torch.Tensor) -> None:
-        local = shard.local()
-        if shard.grad() is not None and local.numel():
-            update, scale = self._scaled(index, update, group["scaling"])
-            decay_and_add(group, local, update.view(local.shape), scale)
+    def _apply(self, group: dict[str, Any], updates: Iterable[tuple[torch.Tensor, Blocks]]) -> None:
+        """Move the parameters of a group that have a gradient by their updates.
 
-    def _scaled(self, index: int, update: torch.Tensor, scaling: Scaling) -> tuple[torch.Tensor, float]:
-        """The update and the factor on it; matrices of several shapes in one parameter are multiplied one by one."""
-        assert self._exchange is not None
-        blocks = self._exchange.blocks[index]
-        scales = [update_scale(scaling, piece.rows, piece.cols) for piece, _ in blocks]
-        if len(set(scales)) == 1:
-            return update, scales[0]
-        update = update.to(torch.promote_types(update.dtype, torch.float32))
-        for (_, segment), scale in zip(blocks, scales, strict=True):
-            segment.view_of(update).mul_(scale)
-        return update, 1.0
+        Matrices of several shapes in one parameter are multiplied by the factors on them one by one.
+        """
+        weights, orthogonal, factors = [], [], []
+        for shard, (update, blocks) in zip(self.shards(group), updates, strict=True):
+            local = shard.local()
+            if shard.grad() is None or not local.numel():
+                continue
+            scales = {shape: update_scale(group["scaling"], *shape) for shape in blocks}
+            if len(set(scales.values())) == 1:
+                weights.append(local)
+                orthogonal.append(update.view(local.shape))
+                factors.append(scales.popitem()[1])
+                continue
+            update = update.to(torch.promote_types(update.dtype, torch.float32))
+            for shape, segments in blocks.items():
+                torch._foreach_mul_([segment.view_of(update) for segment in segments], scales[shape])
+            decay_and_add(group, [local], [update.view(local.shape)], [1.0])
+        decay_and_add(group, weights, orthogonal, factors)

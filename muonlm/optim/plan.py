@@ -9,16 +9,19 @@ sends every holder its blocks of the results. `bucket_bytes` bounds what a rank 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-
-import torch
+from typing import TYPE_CHECKING
 
 from muonlm.optim.assign import SPLIT_MIN_FLOPS, Assignment, Job, assign
 from muonlm.optim.layout import Box, Holding, Layout
 from muonlm.optim.pieces import Piece
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -58,12 +61,16 @@ class Segment:
         """Number of elements."""
         return self.box.numel
 
-    def view_of(self, flat: torch.Tensor) -> torch.Tensor:
-        """This block as a matrix, from the rank's local tensor of the parameter, flat and contiguous."""
+    @property
+    def offset(self) -> int:
+        """Where the block begins in the rank's local tensor of the parameter, flat and contiguous."""
         _, rows, cols = self.held.box.shape
         e, r, c = (a - b for a, b in zip(self.box.start, self.held.box.start))
-        offset = self.held.offset + (e * rows + r) * cols + c
-        return flat.as_strided(self.box.shape[1:], (cols, 1), flat.storage_offset() + offset)
+        return self.held.offset + (e * rows + r) * cols + c
+
+    def view_of(self, flat: torch.Tensor) -> torch.Tensor:
+        """This block as a matrix, from that tensor."""
+        return flat.as_strided(self.box.shape[1:], (self.held.box.shape[2], 1), flat.storage_offset() + self.offset)
 
 
 @dataclass(frozen=True)
@@ -114,18 +121,21 @@ class Plan:
 
     @cached_property
     def is_broadcast(self) -> bool:
-        """Every rank holds every parameter whole: inputs do not travel, and every result goes to every rank."""
-        return all(layout.is_replicated and len(layout.by_rank) == self.num_ranks for layout in self.layouts)
+        """Each of several ranks holds every parameter whole: inputs do not travel, and all results go to all ranks."""
+        is_everywhere = all(layout.is_replicated and len(layout.by_rank) == self.num_ranks for layout in self.layouts)
+        return is_everywhere and self.num_ranks > 1
 
     @cached_property
     def travels(self) -> list[bool]:
         """For each round whether anything in it goes from one rank to another."""
         out = [False] * self.num_rounds
         for piece, team, number in zip(self.pieces, self.assignment.workers, self.rounds, strict=True):
-            boxes = self.layouts[piece.param].by_box.items()
+            layout = self.layouts[piece.param]
+            if len(team) == 1 and layout.holders_of(piece.bounds) == [*team]:
+                continue  # as with experts: a look at every block of every stack would take seconds
             out[number] = out[number] or any(
                 (ranks != team or len(team) > 1) and any(box.intersect(part.box) for part in piece.parts)
-                for box, ranks in boxes
+                for box, ranks in layout.by_box.items()
             )
         return out
 
@@ -154,6 +164,12 @@ class Plan:
         return [
             Task(index, rank, team, min(i * part, length), min((i + 1) * part, length)) for i, rank in enumerate(team)
         ]
+
+    def shape_of(self, task: Task) -> tuple[int, int]:
+        """Rows and columns of a task's matrix or part."""
+        piece = self.pieces[task.piece]
+        length = task.end - task.begin
+        return (length, piece.cols) if piece.rows > piece.cols else (piece.rows, length)
 
     def round(self, number: int, rank: int) -> Round:
         """What `rank` does in round `number`."""
@@ -202,20 +218,22 @@ class Plan:
                 segments.append(Segment(piece.param, held, box, task, row, col))
         return segments
 
-    def blocks(self, rank: int) -> list[list[tuple[Piece, Segment]]]:
-        """For each parameter the matrices, or parts of matrices, that `rank` holds of it."""
-        out: list[list[tuple[Piece, Segment]]] = [[] for _ in self.layouts]
+    def blocks(self, rank: int) -> list[dict[tuple[int, int], list[Segment]]]:
+        """For each parameter the matrices, or parts of matrices, that `rank` holds of it, by the matrix's shape."""
+        out: list[dict[tuple[int, int], list[Segment]]] = [{} for _ in self.layouts]
         for index, piece in enumerate(self.pieces):
             everything = Task(index, rank, (rank,), 0, max(piece.rows, piece.cols))
             held = self.layouts[piece.param].by_rank.get(rank, ())
-            out[piece.param] += [(piece, segment) for segment in self._segments(everything, held)]
+            if segments := self._segments(everything, held):
+                out[piece.param].setdefault((piece.rows, piece.cols), []).extend(segments)
         return out
 
     @cached_property
     def _pieces_by_round(self) -> list[list[int]]:
+        """Matrices of one shape together: then the blocks that travel are few runs of equal ones."""
         out: list[list[int]] = [[] for _ in range(self.num_rounds)]
-        for index, number in enumerate(self.rounds):
-            out[number].append(index)
+        for index in sorted(range(len(self.pieces)), key=lambda i: (self.pieces[i].rows, self.pieces[i].cols)):
+            out[self.rounds[index]].append(index)
         return out
 
     def bytes_sent(self, rank: int) -> dict[str, int]:
@@ -238,12 +256,8 @@ class Plan:
         totals: dict[int, int] = defaultdict(int)
         for index in self._pieces_by_round[number]:
             for task in self.tasks(index):
-                totals[task.worker] += self._numel(task)
+                totals[task.worker] += math.prod(self.shape_of(task))
         return max(totals.values(), default=0)
-
-    def _numel(self, task: Task) -> int:
-        piece = self.pieces[task.piece]
-        return (task.end - task.begin) * min(piece.rows, piece.cols)
 
 
 def make_plan(

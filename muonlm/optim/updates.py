@@ -12,48 +12,60 @@ from muonlm.optim.shards import Shard
 
 Group = dict[str, Any]
 States = Sequence[dict[str, Any]]
+Tensors = list[torch.Tensor] | tuple[torch.Tensor, ...]
+# What is computed in fp32 on the way to the updates is bounded: it would be as large as all momentum together.
+_NUMEL_AT_A_TIME = 2**25
 
 
-def advance_momentum(group: Group, shards: Sequence[Shard], states: States, dtype: torch.dtype) -> list[torch.Tensor]:
-    """Advance the momentum of a group's parameters; what is to be orthogonalized, flat and apart from it, in `dtype`.
+def advance_momentum(group: Group, shards: Sequence[Shard], states: States, updates: Sequence[torch.Tensor]) -> None:
+    """Advance the momentum of a group's parameters, and write what is to be orthogonalized to `updates`, rounded.
 
     ema: M <- mu M + (1 - mu) G, U = (1 - mu) G + mu M; sum: M <- mu M + G, U = G + mu M; without Nesterov U = M.
-    Computed in at least fp32, whatever gradients and state are kept in. Without a gradient M stays, and U is M.
+    Computed in at least fp32, whatever gradients and state are kept in, some parameters at a time. Without a gradient
+    M stays, and U is M. `updates` are contiguous, of any shape and dtype.
     """
-    mu, is_ema = group["momentum"], group["momentum_form"] == "ema"
     buffers = [shard.local_state(state["momentum_buffer"]) for shard, state in zip(shards, states, strict=True)]
+    targets = [update.view(buffer.shape) for update, buffer in zip(updates, buffers, strict=True)]
     grads = [shard.grad() for shard in shards]
-    live = [(i, g.to(torch.promote_types(g.dtype, torch.float32))) for i, g in enumerate(grads) if g is not None]
-    wide = {i: buffers[i].to(g.dtype) for i, g in live}
-    if live:
-        moving, values = [wide[i] for i, _ in live], [g for _, g in live]
-        if is_ema:
-            torch._foreach_lerp_(moving, values, 1 - mu)
-        else:
-            torch._foreach_mul_(moving, mu)
-            torch._foreach_add_(moving, values)
-        for i, _ in live:
-            if wide[i] is not buffers[i]:
-                buffers[i].copy_(wide[i])
-    updates = [wide.get(i, buffer) for i, buffer in enumerate(buffers)]
+    if still := [i for i, grad in enumerate(grads) if grad is None]:
+        torch._foreach_copy_([targets[i] for i in still], [buffers[i] for i in still])
+    live = [(g, buffer, target) for g, buffer, target in zip(grads, buffers, targets, strict=True) if g is not None]
+    while live:
+        num, numel = 0, 0
+        while num < len(live) and (not num or numel + live[num][0].numel() <= _NUMEL_AT_A_TIME):
+            numel += live[num][0].numel()
+            num += 1
+        _advance(group, *(list(column) for column in zip(*live[:num], strict=True)))
+        del live[:num]
+
+
+def _advance(group: Group, grads: Tensors, buffers: Tensors, targets: Tensors) -> None:
+    mu, is_ema = group["momentum"], group["momentum_form"] == "ema"
+    grads = [grad.to(torch.promote_types(grad.dtype, torch.float32)) for grad in grads]
+    moving: Tensors = [buffer.to(grad.dtype) for buffer, grad in zip(buffers, grads, strict=True)]
+    if is_ema:
+        torch._foreach_lerp_(moving, grads, 1 - mu)
+    else:
+        torch._foreach_mul_(moving, mu)
+        torch._foreach_add_(moving, grads)
+    if rounded := [i for i, buffer in enumerate(buffers) if moving[i] is not buffer]:
+        torch._foreach_copy_([buffers[i] for i in rounded], [moving[i] for i in rounded])
     if group["nesterov"]:
-        for i, grad in live:
-            updates[i] = torch.lerp(grad, wide[i], mu) if is_ema else torch.add(grad, wide[i], alpha=mu)
-    is_new = {i for i, _ in live} if group["nesterov"] else set()  # the others are the state itself
-    return [
-        u.to(dtype, memory_format=torch.contiguous_format, copy=i not in is_new).contiguous().view(-1)
-        for i, u in enumerate(updates)
-    ]
+        moving = torch._foreach_lerp(grads, moving, mu) if is_ema else torch._foreach_add(grads, moving, alpha=mu)
+    torch._foreach_copy_(targets, moving)
 
 
-def decay_and_add(group: Group, local: torch.Tensor, update: torch.Tensor, scale: float) -> None:
+def decay_and_add(group: Group, weights: Tensors, updates: Tensors, scales: Sequence[float]) -> None:
     """W <- (1 - lr wd) W - lr scale O, in place; cautious decay leaves weights that O moves away from zero alone."""
     lr, decay = float(group["lr"]), group["weight_decay"]
     if decay and group["cautious"]:
-        local.mul_(1 - lr * decay * (update * local >= 0).to(local.dtype))
-    elif decay:
-        local.mul_(1 - lr * decay)
-    local.add_(update, alpha=-lr * scale)
+        for weight, update in zip(weights, updates, strict=True):
+            weight.mul_(1 - lr * decay * (update * weight >= 0).to(weight.dtype))
+    elif decay and weights:
+        torch._foreach_mul_(weights, 1 - lr * decay)
+    for scale in dict.fromkeys(scales):
+        chosen = [i for i, other in enumerate(scales) if other == scale]
+        torch._foreach_add_([weights[i] for i in chosen], [updates[i] for i in chosen], alpha=-lr * scale)
 
 
 def adamw_step(group: Group, shards: Sequence[Shard], states: States) -> None:
@@ -61,10 +73,11 @@ def adamw_step(group: Group, shards: Sequence[Shard], states: States) -> None:
     live = [(s, state, g) for s, state in zip(shards, states, strict=True) if (g := s.grad()) is not None]
     beta1, beta2 = group["betas"]
     # The fused kernel walks straight through memory: every tensor must be dense and laid out alike.
-    is_dense = all(torch.empty_like(s.local()).stride() == s.local().stride() for s, _, _ in live)
-    live = [(s, state, _laid_out_as(s.local(), g)) for s, state, g in live]
+    values = [shard.local() for shard, _, _ in live]
+    is_dense = all(x.is_contiguous() or torch.empty_like(x).stride() == x.stride() for x in values)
+    live = [(s, state, _laid_out_as(x, g)) for x, (s, state, g) in zip(values, live, strict=True)]
     adamw(
-        [shard.local() for shard, _, _ in live],
+        values,
         [grad for _, _, grad in live],
         [shard.local_state(state["exp_avg"]) for shard, state, _ in live],
         [shard.local_state(state["exp_avg_sq"]) for shard, state, _ in live],

@@ -128,6 +128,7 @@ def _restore(parts: Parts, run: RunDirectory) -> Progress:
         with raised_on_all_ranks():
             check_same_tokenizer(directory, parts.config.data.path)
             load_pretrained(parts.model, directory)
+        check_finite(parts, 0, f"as loaded from {directory}")
     return Progress()
 
 

@@ -31,7 +31,8 @@ STATUS_SCHEMA = 1
 # What a run may go on with although it began with another value: nothing here changes the numbers it computes, but
 # for rounding where threads, ranks or micro-batches change the order of a sum.
 MAY_DIFFER = (
-    "track.", "checkpoint.", "dist.", "loop.threads", "loop.micro_batch_size", "data.verify", "data.prepare", "run_dir"
+    "track.", "checkpoint.", "dist.", "loop.threads", "loop.micro_batch_size", "loop.compile",
+    "loop.activation_checkpointing", "loop.check_memory", "data.verify", "data.prepare", "run_dir"
 )  # fmt: skip
 # config.toml goes last: what is left of an interrupted removal still says whose it is.
 _OF_A_RUN = (

@@ -19,6 +19,8 @@ from muonlm.optim.schedules import lr_multiplier, set_learning_rates
 from muonlm.optim.shards import Shard
 from muonlm.train.setup import Parts
 
+_LOWER = "lower the learning rates or raise schedule.warmup_steps"
+
 
 class Diverged(NonFiniteGradient):
     """The loss, a gradient or a parameter is NaN or infinite. Raised on all ranks together.
@@ -84,7 +86,7 @@ def take_step(parts: Parts, step: int, sequences: int, *, measure: bool, stop: b
     return StepResult(mean_loss, stop, grads, updates, seconds, optimizer_s, is_skipped, balance)
 
 
-def check_finite(parts: Parts, step: int) -> None:
+def check_finite(parts: Parts, step: int, when: str = f"after the update; {_LOWER}") -> None:
     """Raise Diverged, on all ranks, when a parameter is not finite after `step` updates: before it is saved.
 
     One all_reduce of one integer.
@@ -92,10 +94,9 @@ def check_finite(parts: Parts, step: int) -> None:
     values = [value for shard in _shards(parts).values() if (value := shard.local()).numel()]
     is_finite = not values or bool(torch.isfinite(torch.stack(torch._foreach_norm(values, math.inf))).all())
     if collectives.any_rank(not is_finite):
-        raise Diverged(f"step {step}: {_first_non_finite(parts)} is not finite after the update; {_LOWER}")
+        raise Diverged(f"step {step}: {_first_non_finite(parts)} is not finite {when}")
 
 
-_LOWER = "lower the learning rates or raise schedule.warmup_steps"
 _ADVICE = f". Nothing was updated by this step; {_LOWER}"
 
 

@@ -63,6 +63,7 @@ def test_adamw_alone_has_the_loss_curve_of_one_process(curves, layout, assert_sa
     ("layout", "changes"),
     [
         ("fsdp 3", {"loop.micro_batch_size": 2}),
+        ("hsdp 2x2", {"loop.micro_batch_size": 1}),
         ("zero-1 2", {"loop.micro_batch_size": 2}),
         ("zero-2 3", {"loop.micro_batch_size": 2}),
         ("tp x fsdp 2x2", {"loop.micro_batch_size": 3, "model.tie_embeddings": True}),
@@ -102,7 +103,7 @@ def test_a_missing_sum_of_head_norms_is_found(curves, monkeypatch) -> None:
 
     curves(1, {}, 10, **EXACT)
     monkeypatch.setattr(gpt.Attention, "_norm_weights", weights)
-    with pytest.raises(UserError, match="_norm.weight, which every rank holds, has a gradient of norm"):
+    with pytest.raises(UserError, match=r"_norm\.weight, which every rank holds, has a gradient of norm"):
         curves(*LAYOUTS["tp 2"], 10, **EXACT)
 
 

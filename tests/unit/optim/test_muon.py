@@ -1,6 +1,8 @@
 """One-process Muon against torch.optim.Muon and the formulas of its docstring."""
 
 import math
+import sys
+from collections import Counter
 
 import pytest
 import torch
@@ -214,3 +216,30 @@ def test_refuses_groups_of_one_name_and_impossible_numbers():
     ):
         with pytest.raises(UserError, match=next(iter(options))):
             Muon([first], **options)
+
+
+def calls_of_a_step(experts: int) -> Counter[str]:
+    """Python functions and methods of torch that one step calls, after the first one, by name."""
+    shapes = [(experts, 16, 8), (experts, 16, 8), (experts, 8, 16)] * 3
+    optimizer = Muon([nn.Parameter(torch.randn(shape)) for shape in shapes], dtype=torch.float32)
+    counts: Counter[str] = Counter()
+
+    def count(frame, event: str, argument) -> None:
+        if event in ("call", "c_call"):
+            counts[argument.__name__ if event == "c_call" else frame.f_code.co_qualname] += 1
+
+    for step in range(2):
+        for param in optimizer.param_groups[0]["params"]:
+            param.grad = torch.randn_like(param)
+        sys.setprofile(count if step else None)
+        try:
+            optimizer.step()
+        finally:
+            sys.setprofile(None)
+    return counts
+
+
+def test_a_step_costs_the_host_no_more_with_more_experts() -> None:
+    few, many = calls_of_a_step(4), calls_of_a_step(64)
+    assert few["Muon.step"] == few["newton_schulz"] / 2 == 1
+    assert many == few

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from muonlm.config.errors import UserError
+from muonlm.optim import updates
 from muonlm.optim.gradients import NonFiniteGradient
 from muonlm.optim.muon import Muon
 from muonlm_kernels import newton_schulz
@@ -96,6 +97,17 @@ def test_bfloat16_momentum_stays_bfloat16_and_close_to_float32() -> None:
     resumed.load_state_dict(saved)
     for mine, theirs in zip(momenta(resumed), momenta(short), strict=True):
         assert mine.dtype == torch.bfloat16
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("form", ["ema", "sum"])
+@pytest.mark.parametrize("at_a_time", [1, 700, 1500])
+def test_momentum_does_not_depend_on_how_much_is_computed_at_a_time(form, at_a_time, monkeypatch) -> None:
+    options = {"momentum_form": form, "momentum_dtype": torch.bfloat16}
+    together = trained(**options)
+    monkeypatch.setattr(updates, "_NUMEL_AT_A_TIME", at_a_time)
+    apart = trained(**options)
+    for mine, theirs in zip(momenta(apart) + weights(apart), momenta(together) + weights(together), strict=True):
         assert torch.equal(mine, theirs)
 
 
