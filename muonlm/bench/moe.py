@@ -62,9 +62,9 @@ def bench_moe(config: MoEConfig, *, tokens: int, rounds: int, device: torch.devi
     """Seconds of a forward and backward pass of each contender on the same tokens, in interleaved rounds.
 
     Products run in bfloat16 (autocast) where the device multiplies it fast, else in float32. Returns {"seconds":
-    {contender: [of each round]}, "differences": {contender: largest difference of output or gradient from ours,
-    relative to the largest value, in float32: rounded scores send some tokens elsewhere}, "dtype", "machine", "shape"}.
-    Raises UserError where transformers is not installed.
+    {contender: [of each round]}, "failed": {contender: why}, "differences": {contender: largest difference of output or
+    gradient from ours, relative to the largest value, in float32: rounded scores send some tokens elsewhere}, "dtype",
+    "machine", "shape"}. Raises UserError where transformers is not installed.
     """
     dtype = torch.bfloat16 if bfloat16_is_fast(device) else torch.float32
     torch.manual_seed(0)
@@ -77,16 +77,23 @@ def bench_moe(config: MoEConfig, *, tokens: int, rounds: int, device: torch.devi
     grad_BTD = torch.randn_like(x_BTD)
     calls: dict[str, Callable[[], list[Tensor]]] = {}
     results: dict[str, list[Tensor]] = {}
+    failed: dict[str, str] = {}
     for name, layer in layers.items():
-        calls[name] = partial(_pass, layer, x_BTD, grad_BTD, dtype)
-        results[name] = _pass(layer, x_BTD, grad_BTD, torch.float32)
-        calls[name]()
+        call = partial(_pass, layer, x_BTD, grad_BTD, dtype)
+        try:
+            results[name] = _pass(layer, x_BTD, grad_BTD, torch.float32)
+            call()
+        except (RuntimeError, MemoryError) as error:  # batched_mm copies an expert for every token
+            failed[name] = str(error).splitlines()[0]
+        else:
+            calls[name] = call
     seconds = interleaved(calls, timer_for(device), rounds=rounds)
     return {
         "shape": {key: getattr(config, key) for key in _SHAPE} | {"tokens": tokens},
         "dtype": str(dtype).removeprefix("torch."),
         "machine": machine(device),
         "seconds": seconds,
+        "failed": failed,
         "differences": {name: _difference(results[name], results[OURS]) for name in calls if name != OURS},
     }
 
@@ -145,4 +152,6 @@ def show(result: dict[str, Any]) -> None:
         difference = "" if name == OURS else f"{result['differences'][name]:.1e}"
         table.add_row(name, f"{statistics.median(values) * 1e3:.2f}", ratio, difference)
     console.print(table)
+    for name, reason in result["failed"].items():
+        console.print(f"{name}: {reason}")
     console.print("time / ours: median of the ratios within rounds (and the interval of 95 %); above 1 ours is faster")

@@ -25,6 +25,9 @@ from muonlm.model.layers import rms_norm, rope_tables, upcast
 ROW_BLOCK = 64  # queries whose scores are computed together
 
 
+Rope = tuple[Tensor, Tensor]
+
+
 class Heads(NamedTuple):
     """Head counts and constants of an attention layer."""
 
@@ -36,12 +39,17 @@ class Heads(NamedTuple):
 
 
 def attention_sdpa(
-    qkv_BTE: Tensor, q_weight_C: Tensor, k_weight_C: Tensor, heads: Heads, document_BT: Tensor | None = None
+    qkv_BTE: Tensor,
+    q_weight_C: Tensor,
+    k_weight_C: Tensor,
+    heads: Heads,
+    document_BT: Tensor | None = None,
+    rope: Rope | None = None,
 ) -> Tensor:
     """Same as `attention_matmul` through `scaled_dot_product_attention`."""
     B, T, _ = qkv_BTE.shape
     H, K, C = heads[:3]
-    q, k, v = _project(qkv_BTE, q_weight_C, k_weight_C, heads, _fused_norm)
+    q, k, v = _project(qkv_BTE, q_weight_C, k_weight_C, heads, _fused_norm, rope)
     allowed = None if document_BT is None else _allowed(document_BT)
     out_BHTC = F.scaled_dot_product_attention(
         *(q, k, v), attn_mask=allowed, is_causal=allowed is None, enable_gqa=K != H
@@ -50,12 +58,17 @@ def attention_sdpa(
 
 
 def attention_math(
-    qkv_BTE: Tensor, q_weight_C: Tensor, k_weight_C: Tensor, heads: Heads, document_BT: Tensor | None = None
+    qkv_BTE: Tensor,
+    q_weight_C: Tensor,
+    k_weight_C: Tensor,
+    heads: Heads,
+    document_BT: Tensor | None = None,
+    rope: Rope | None = None,
 ) -> Tensor:
     """Same as `attention_matmul` in operations that can be differentiated twice, with all scores at once."""
     B, T, _ = qkv_BTE.shape
     H, K, C = heads[:3]
-    q, k, v = _project(qkv_BTE, q_weight_C, k_weight_C, heads, rms_norm)
+    q, k, v = _project(qkv_BTE, q_weight_C, k_weight_C, heads, rms_norm, rope)
     k, v = (x.repeat_interleave(H // K, 1) for x in (k, v))
     allowed = _allowed(qkv_BTE.new_zeros(1, T) if document_BT is None else document_BT)
     scores = (upcast(q @ k.transpose(-1, -2)) * C**-0.5).masked_fill(~allowed, float("-inf"))
@@ -74,17 +87,16 @@ def _project(
     k_weight_C: Tensor,
     heads: Heads,
     norm: Callable[[Tensor, Tensor, float], Tensor],
+    rope: Rope | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Normalised and rotated queries (B, H, T, C) and keys (B, K, T, C), and values (B, K, T, C)."""
     B, T, _ = qkv_BTE.shape
     H, K, C, theta, eps = heads
     q, k, v = qkv_BTE.view(B, T, H + 2 * K, C).split((H, K, K), 2)
-    # A compiler does not see through the cache, and computes the tables where it needs them.
-    tables = rope_tables.__wrapped__ if torch.compiler.is_compiling() else rope_tables
+    cos, sin = rope or rope_tables(T, C, theta, qkv_BTE.device)
 
     def norm_rope(x: Tensor, weight: Tensor) -> Tensor:
         y = norm(x, weight, eps).transpose(1, 2)
-        cos, sin = tables(T, C, theta, y.device, y.dtype)
         first, second = y.chunk(2, -1)
         return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
 
@@ -98,7 +110,12 @@ def _allowed(document_BT: Tensor) -> Tensor:
 
 
 def attention_matmul(
-    qkv_BTE: Tensor, q_weight_C: Tensor, k_weight_C: Tensor, heads: Heads, document_BT: Tensor | None = None
+    qkv_BTE: Tensor,
+    q_weight_C: Tensor,
+    k_weight_C: Tensor,
+    heads: Heads,
+    document_BT: Tensor | None = None,
+    rope: Rope | None = None,
 ) -> Tensor:
     """Attention of the joint projection.
 
@@ -108,11 +125,12 @@ def attention_matmul(
         k_weight_C: the same of the keys.
         heads: head counts and constants.
         document_BT: number of the document that each position belongs to; None where all are of one.
+        rope: what `layers.rope_tables` returns, which is asked where it is None.
 
     Returns:
         (B, T, H * C) in the dtype of `qkv_BTE`.
     """
-    out: Tensor = _MatmulAttention.apply(qkv_BTE, q_weight_C, k_weight_C, heads, document_BT)
+    out: Tensor = _MatmulAttention.apply(qkv_BTE, q_weight_C, k_weight_C, heads, document_BT, rope)
     return out
 
 
@@ -124,12 +142,13 @@ class _Tables(NamedTuple):
     weight: Tensor  # (P, 1, A, 1, I): norm weights by half and head; the queries' carry the scores' 1/sqrt(C)
 
 
-def _tables(num_positions: int, q_weight_C: Tensor, k_weight_C: Tensor, heads: Heads) -> _Tables:
+def _tables(num_positions: int, q_weight_C: Tensor, k_weight_C: Tensor, heads: Heads, rope: Rope | None) -> _Tables:
     H, K, C, theta, _ = heads
     dtype = torch.promote_types(q_weight_C.dtype, torch.float32)
     q, k = (q_weight_C.to(dtype) * C**-0.5).expand(H, C), k_weight_C.to(dtype).expand(K, C)
     weight = torch.cat((q, k)).view(H + K, 2, C // 2).transpose(0, 1)[:, None, :, None]
-    return _Tables(*rope_tables(num_positions, C, theta, q_weight_C.device, dtype), weight)
+    cos, sin = rope or rope_tables(num_positions, C, theta, q_weight_C.device)
+    return _Tables(cos.to(dtype), sin.to(dtype), weight)
 
 
 def _halves(x_BATC: Tensor, dtype: torch.dtype) -> Tensor:
@@ -184,11 +203,12 @@ class _MatmulAttention(torch.autograd.Function):
         k_weight_C: Tensor,
         heads: Heads,
         document_BT: Tensor | None,
+        rope: Rope | None,
     ) -> Tensor:
         B, T, _ = qkv_BTE.shape
         H, K, C, _, eps = heads
         with torch.autocast(qkv_BTE.device.type, enabled=False):
-            tables = _tables(T, q_weight_C, k_weight_C, heads)
+            tables = _tables(T, q_weight_C, k_weight_C, heads, rope)
             x_BHTC = qkv_BTE.view(B, T, H + 2 * K, C).transpose(1, 2)
             v = x_BHTC[:, H + K :].reshape(B * K, T, C)
             x = _halves(x_BHTC[:, : H + K], tables.weight.dtype)
@@ -212,7 +232,7 @@ class _MatmulAttention(torch.autograd.Function):
                 out[:, :, :, start:stop] = torch.bmm(p, v[:, :stop]).view(B, K, H // K, -1, C)
                 probabilities.append(p)
         ctx.save_for_backward(qkv_BTE, q_weight_C, k_weight_C, rstd, q, k, *probabilities)
-        ctx.heads = heads
+        ctx.heads, ctx.rope = heads, rope
         return out_BTD
 
     @staticmethod
@@ -222,7 +242,7 @@ class _MatmulAttention(torch.autograd.Function):
         B, T, _ = qkv_BTE.shape
         H, K, C = ctx.heads[:3]
         with torch.autocast(qkv_BTE.device.type, enabled=False):
-            tables = _tables(T, q_weight_C, k_weight_C, ctx.heads)
+            tables = _tables(T, q_weight_C, k_weight_C, ctx.heads, ctx.rope)
             x_BHTC = qkv_BTE.view(B, T, H + 2 * K, C).transpose(1, 2)
             grad_out = grads[0].view(B, T, K, H // K, C).permute(0, 2, 3, 1, 4).reshape(B * K, H // K, T, C)
             v = x_BHTC[:, H + K :].reshape(B * K, T, C)
@@ -241,7 +261,7 @@ class _MatmulAttention(torch.autograd.Function):
             grad_heads[:, H + K :] = grad_v.view(B, K, T, C)
         grad_q_weight = grad_weight[:, :H].sum(1).flatten().mul_(C**-0.5).to(q_weight_C.dtype)
         grad_k_weight = grad_weight[:, H:].sum(1).flatten().to(k_weight_C.dtype)
-        return grad_qkv, grad_q_weight, grad_k_weight, None, None
+        return grad_qkv, grad_q_weight, grad_k_weight, None, None, None
 
 
 def _norm_rope_backward(roped: Tensor, x: Tensor, rstd: Tensor, tables: _Tables) -> tuple[Tensor, Tensor]:

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from muonlm.config.schema import GPTConfig, MoEConfig
 from muonlm.dist.collectives import Group
-from muonlm.model.attention import Heads, attention_math, attention_matmul, attention_sdpa
+from muonlm.model.attention import Heads, Rope, attention_math, attention_matmul, attention_sdpa
 from muonlm.model.flops import has_experts
-from muonlm.model.layers import Embedding, Linear, RMSNorm, upcast, use_fused
+from muonlm.model.layers import Embedding, Linear, RMSNorm, rope_tables, upcast, use_fused
 from muonlm.model.loss import linear_cross_entropy, plain_cross_entropy, soft_cap
 from muonlm.model.mlp import MLP
 from muonlm.model.moe import MoE
@@ -42,12 +42,12 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(head_dim, config.rms_norm_eps)
 
-    def forward(self, x_BTD: Tensor, document_BT: Tensor | None = None) -> Tensor:
+    def forward(self, x_BTD: Tensor, document_BT: Tensor | None = None, rope: Rope | None = None) -> Tensor:
         """(B, T, D) -> (B, T, D); positions attend within their document, where documents are given."""
         # one product for the three projections: fewer kernels, and one gradient of x rather than a sum of three
         weights = [local(projection.weight) for projection in (self.q_proj, self.k_proj, self.v_proj)]
         qkv = F.linear(enter(x_BTD, self.group), torch.cat(weights))
-        heads = _implementation(self.kind, x_BTD)(qkv, *self._norm_weights(), self.heads, document_BT)
+        heads = _implementation(self.kind, x_BTD)(qkv, *self._norm_weights(), self.heads, document_BT, rope)
         return leave(self.o_proj(heads), self.group, keep=self.keep_products)
 
     def _norm_weights(self) -> tuple[Tensor, Tensor]:
@@ -84,13 +84,18 @@ class Block(nn.Module):
             if isinstance(module, Attention | MLP | MoE):
                 module.keep_products = kind == "selective"
 
-    def forward(self, x_BTD: Tensor, document_BT: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """(B, T, D) -> (B, T, D) in the dtype of the input, and the auxiliary loss of its experts, if there is one."""
-        return recomputed(self._forward, self._recompute, x_BTD, document_BT)
+    def forward(
+        self, x_BTD: Tensor, document_BT: Tensor | None = None, rope: Rope | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """(B, T, D) -> (B, T, D) in the dtype of the input, and the auxiliary loss of its experts, if there is one.
 
-    def _forward(self, x_BTD: Tensor, document_BT: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        `rope` spares a compiled block from computing the rotary tables anew, element by element.
+        """
+        return recomputed(self._forward, self._recompute, x_BTD, document_BT, rope)
+
+    def _forward(self, x_BTD: Tensor, document_BT: Tensor | None, rope: Rope | None) -> tuple[Tensor, Tensor | None]:
         # explicit casts: an addition of two dtypes is not vectorised on a CPU
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), document_BT).to(x_BTD.dtype)
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), document_BT, rope).to(x_BTD.dtype)
         out, aux = self.mlp(self.post_attention_layernorm(x_BTD)), None
         if isinstance(out, tuple):
             out, aux = out
@@ -102,6 +107,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: GPTConfig, vocab_size: int) -> None:
         super().__init__()
+        self.rope_shape = (config.resolved_head_dim, config.rope_theta)
         self.embed_tokens = Embedding(vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, plain=config.attention == "math")
@@ -111,9 +117,10 @@ class Decoder(nn.Module):
         x_BTD = self.embed_tokens(input_ids_BT)
         if torch.is_autocast_enabled(x_BTD.device.type):
             x_BTD = upcast(x_BTD)  # a table that FSDP2 gathers in 16 bits
+        rope = rope_tables(input_ids_BT.size(1), *self.rope_shape, x_BTD.device)
         losses = []
         for layer in self.layers:
-            x_BTD, aux = layer(x_BTD, document_BT)
+            x_BTD, aux = layer(x_BTD, document_BT, rope)
             if aux is not None:
                 losses.append(aux)
         return self.norm(x_BTD), losses

@@ -141,10 +141,8 @@ def activate(gate: Tensor | None, up: Tensor, kind: str, *, plain: bool = False)
 
 
 @lru_cache(maxsize=8)
-def rope_tables(
-    num_positions: int, head_dim: int, theta: float, device: torch.device, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Rotary tables cos and sin, (num_positions, head_dim / 2) each (arXiv:2104.09864).
+def rope_tables(num_positions: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Rotary tables cos and sin, (num_positions, head_dim / 2) fp32 each (arXiv:2104.09864).
 
     Cached rather than module buffers: DistributedDataParallel broadcasts buffers at every step, and these grow
     with the longest sequence seen.
@@ -152,4 +150,4 @@ def rope_tables(
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
         exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
         angles = torch.arange(num_positions, dtype=torch.float32)[:, None] / theta**exponents
-        return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
+        return angles.cos().to(device), angles.sin().to(device)

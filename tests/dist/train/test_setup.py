@@ -21,7 +21,7 @@ SHORT = {"loop.steps": 8, "checkpoint.interval_steps": 0}
     ("changes", "message"),
     [
         ({"model.vocab_size": 300}, "model.vocab_size 300 is less than the 512 token ids"),
-        ({"data.seq_len": 10_000_000}, "sequence longer than the data"),
+        ({"data.seq_len": 10_000_000, "model.max_seq_len": 10_000_000}, "sequence longer than the data"),
         ({"data.path": "/nowhere"}, "/nowhere"),
         ({"loop.batch_size": 7, "loop.micro_batch_size": 2}, "loop.batch_size 7 is not divisible"),
         ({"track.reference": "/nowhere"}, "track.reference: /nowhere is no directory"),
