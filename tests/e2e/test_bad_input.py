@@ -209,3 +209,31 @@ def test_a_full_disk_is_one_message(
 
     monkeypatch.setattr(Path, "write_text", write_text)
     refuses(capsys, train(stdlib_data, tmp_path / "run"), name, "No space left on device", "repeat the command")
+
+
+MOE = ["model.kind=moe", "model.num_experts=6", "model.experts_per_token=2"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (["model.hidden_size=130", "model.num_heads=4"], ["hidden_size 130 is not divisible by num_heads 4"]),
+        (["model.num_heads=4", "model.num_kv_heads=3"], ["num_heads 4 is not a multiple of num_kv_heads 3"]),
+        (["model.max_seq_len=100", "data.seq_len=128"], ["data.seq_len 128 is more than model.max_seq_len 100"]),
+        ([*MOE, "model.experts_per_token=7"], ["experts_per_token 7 is more than num_experts 6"]),
+        ([*MOE, "model.num_dense_layers=9"], ["num_dense_layers 9 leaves none"]),
+        ([*MOE, "model.router=softmax"], ['balance = "bias" needs router = "sigmoid"']),
+        ([*MOE, "dist.zero=3", "dist.expert_parallel=4"], ["does not divide model.num_experts 6", "1, 2, 3, 6"]),
+        ([*MOE, "dist.zero=3", "dist.expert_parallel=12"], ["does not divide model.num_experts 6", "1, 2, 3, 6"]),
+        ([*MOE, "dist.expert_parallel=2"], ["expert_parallel 2 needs zero = 3"]),
+        (["dist.zero=3", "dist.expert_parallel=2"], ['needs a model with experts: model.kind = "moe"']),
+        ([*MOE, "model.expert_size=30", "dist.tensor_parallel=4"], ["model.expert_size 30", "what does: 1, 2"]),
+        (["model.num_experts=4"], ["num_experts"]),
+        (["model.vocab_size=300"], ["model.vocab_size 300 is less than the 512 token ids"]),
+    ],
+)
+def test_models_that_cannot_be(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: list[str], said: list[str]
+) -> None:
+    refuses(capsys, train(data, tmp_path / "run", *changes), *said)
+    assert not (tmp_path / "run" / "config.toml").exists()

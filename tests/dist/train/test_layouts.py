@@ -6,6 +6,7 @@ import json
 import math
 import signal
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -222,3 +223,32 @@ def test_ranks_keep_no_more_than_the_layout_says(make_config, run_ranks, layout)
         logical = every[0]["logical", kind]
         assert sum(held["parameters", kind] for held in every) == logical * size // (cut * tensor)
         assert sum(held["state", kind] for held in every) == logical * size // (state_cut * tensor)
+
+
+@pytest.mark.parametrize("model", [{}, {"model.kind": "moe", "model.num_experts": 4, "model.expert_size": 32}])
+def test_parameters_gathered_in_bfloat16_leave_fp32_masters(make_config, run_ranks, model) -> None:
+    """The curve is near that of bfloat16 autocast over fp32 parameters, from which embedding and norms alone differ."""
+
+    def losses(dtype: str) -> Callable[[int, int], list[float]]:
+        def one_rank(rank: int, size: int) -> list[float]:
+            config = make_config(
+                **{"loop.batch_size": BATCH, "loop.precision": "bfloat16", **EXACT, **model},
+                dist={"zero": 3, "gather_dtype": dtype},
+            )
+            parts = build(config, process.start(config.dist, "cpu"), {})
+            assert {p.dtype for p in parts.model.parameters()} == {torch.float32}
+            seen = set()
+            block = parts.model.model.layers[1]
+            hook = block.self_attn.register_forward_pre_hook(lambda module, args: seen.add(module.q_proj.weight.dtype))
+            found = [take_step(parts, i, i * BATCH, measure=True, stop=False).loss for i in range(12)]
+            hook.remove()
+            assert seen == {getattr(torch, dtype)}
+            assert {p.grad for p in parts.model.parameters()} == {None}
+            return found
+
+        return one_rank
+
+    wide, narrow = (run_ranks(losses(dtype), 2, join=False)[0] for dtype in ("float32", "bfloat16"))
+    assert wide[0] - wide[-1] > 0.5
+    assert narrow == pytest.approx(wide, abs=0.02)
+    assert narrow != wide
