@@ -114,15 +114,16 @@ def curves(
     """`curves(size, dist, num_steps, **changes)`: those of all ranks of a layout, and that of one process."""
 
     def run(
-        size: int, dist: dict[str, Any], num_steps: int = 50, **changes: Any
+        size: int, dist: dict[str, Any], num_steps: int = 50, *, timeout_s: float = 60.0, **changes: Any
     ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         changes = {"loop.batch_size": BATCH, "model.num_heads": 4, "model.num_kv_heads": 2, **changes}
         key = json.dumps([num_steps, changes], sort_keys=True)
         if key not in _ALONE:
             whole = make_config(**{**changes, "loop.micro_batch_size": None})
-            [_ALONE[key]] = run_ranks(lambda rank, size: _curve(whole, num_steps), 1, join=False)
+            [_ALONE[key]] = run_ranks(lambda rank, size: _curve(whole, num_steps), 1, join=False, timeout_s=timeout_s)
         config = make_config(**changes, dist=dist)
-        return run_ranks(lambda rank, size: _curve(config, num_steps), size, join=False), _ALONE[key]
+        ranks = run_ranks(lambda rank, size: _curve(config, num_steps), size, join=False, timeout_s=timeout_s)
+        return ranks, _ALONE[key]
 
     return run
 

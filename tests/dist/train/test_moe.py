@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from muonlm.config.errors import UserError
 from muonlm.dist import collectives, process
 from muonlm.model import moe, tokens
+from muonlm.track.metrics import read_metrics
 from muonlm.train.setup import build
 from muonlm.train.step import take_step
 
@@ -144,3 +145,33 @@ def test_loads_become_even_on_text(make_config, run_ranks, balance, is_even) -> 
 
     [loads] = run_ranks(one_rank, 1, join=False)
     assert (statistics.mean(loads) < 1.5) == is_even, loads
+
+
+def test_a_run_goes_on_with_its_experts_spread_in_another_way(make_config, train_ranks) -> None:
+    """Weights, momentum, and the biases of the experts, without which the loads would be others."""
+    short = {"loop.steps": 18, "loop.batch_size": 12, "checkpoint.interval_steps": 5, **MOE}
+    straight = make_config("straight", **short)
+    train_ranks(straight)
+    stops = [("ep 2", 6), ("tp 2", 11), ("ep x fsdp 2x2", None)]
+    for layout, at in stops:
+        size, dist = LAYOUTS[layout]
+        train_ranks(make_config("changed", **short, dist=dist), size, at=at)
+    runs = (straight, make_config("changed", **short))
+    records = [[r for r in read_metrics(c.resolved_run_dir) if r["kind"] == "train"] for c in runs]
+    assert [r["loss"] for r in records[1]] == pytest.approx([r["loss"] for r in records[0]], abs=1e-5)
+    assert [r["experts"] for r in records[1]] == [pytest.approx(r["experts"], rel=1e-5) for r in records[0]]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("layout", "recompute"),
+    [("ddp 2", "selective"), ("fsdp 2", "selective"), ("ep 2", "none"), ("ep 2", "full"), ("tp 2", "selective")],
+)
+def test_compiled_blocks_have_the_curve_of_one_process(curves, largest_difference, layout, recompute) -> None:
+    """The same arithmetic in another order: a compiler fuses sums."""
+    size, dist = LAYOUTS[layout]
+    changes = {"loop.compile": True, "loop.activation_checkpointing": recompute, "model.num_layers": 2}
+    model = {**MOE["model"], "num_layers": changes.pop("model.num_layers")}
+    ranks, alone = curves(size, dist, 3, timeout_s=400, **{**MOE, "model": model}, **changes)
+    assert largest_difference(ranks[0], alone) < 1e-4
