@@ -27,12 +27,14 @@ dev_stamp := $(VENV)/.muonlm-dev
 # A virtual environment whose interpreter has gone is repaired even where its stamps are still there.
 repair := $(if $(shell test -x $(py) && echo usable),,FORCE)
 
-.PHONY: help demo test test-all test-kernels test-package check bench clean distclean FORCE
+.PHONY: help env demo test test-all test-kernels test-package check bench clean distclean FORCE
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+env: $(run_stamp) ## The environment alone, in .venv: then .venv/bin/muonlm, .venv/bin/torchrun
 
 demo: $(run_stamp) ## Muon against AdamW on this machine's CPU, from text to HTML report; repeating it goes on
 	@if $(py) -c 'import json, sys; sys.exit(json.load(open("runs/demo/compare.json"))["state"] != "finished")' \
