@@ -85,6 +85,9 @@ class LoopConfig(Section):
     compile: bool = field(False, "Compile each block with torch.compile: minutes at the start, faster steps on a GPU.")
     threads: int = field(0, "CPU threads of each rank; 0 leaves the library's choice.", ge=0)
     device: Literal["auto", "cpu", "cuda"] = field("auto", "Device: auto takes CUDA where there is one.")
+    check_memory: bool = field(
+        True, "Refuse a run whose forecast (see `muonlm plan`) exceeds the memory of a device before it starts."
+    )
 
     @model_validator(mode="after")
     def _one_budget(self) -> Self:

@@ -71,16 +71,19 @@ def _shard_experts(experts: Iterable[nn.Module], axes: DeviceMesh, mesh: Mesh, *
 
 @contextmanager
 def without_gradient_sync(module: nn.Module) -> Iterator[None]:
-    """Backward passes inside add up gradients on this rank, for one outside that averages the sum.
+    """Backward passes inside add up gradients, for one outside that completes their average.
 
-    `module` is what `wrap` returned, or an engine with a `no_sync` of its own.
+    `module` is what `wrap` returned, or an engine with a `no_sync` of its own. FSDP2 averages over the ranks that it
+    cuts a model over in every pass, so that no rank keeps whole gradients; only copies of the model wait for the last.
+
+    Collectives: of a pass inside, with FSDP2 one reduce_scatter of each of its units, and no all_reduce.
     """
     if isinstance(module, FSDPModule):
-        module.set_requires_gradient_sync(False)
+        module.set_requires_all_reduce(False)
         try:
             yield
         finally:
-            module.set_requires_gradient_sync(True)
+            module.set_requires_all_reduce(True)
     elif callable(no_sync := getattr(module, "no_sync", None)):
         with no_sync():
             yield

@@ -6,7 +6,7 @@ import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 # Where the reductions between ranks that share a matrix cost as much as the sharing saves: see `reduction_price`.
 SPLIT_MIN_FLOPS = 10**9
@@ -81,17 +81,22 @@ def assign(jobs: Sequence[Job], num_ranks: int, steps: int = 5, split_min_flops:
     sharing, and with free choice, the largest load is at most 4/3 of the optimum (R. Graham, "Bounds on multiprocessing
     timing anomalies", 1969).
     """
-    pack = partial(_pack, jobs, num_ranks, steps, split_min_flops)
-    best, high = pack(use_holders=False) or _NOTHING
+    flops = [shared_flops(job.rows, job.cols, 1, steps) for job in jobs]
+    pinned = [job.pinned for job in jobs]
+    pack = partial(_pack, jobs, flops, num_ranks, steps, split_min_flops)
+    freely = _order(flops, pinned)
+    best, high = pack(freely, pinned) or _NOTHING
     if any(job.holders and not job.pinned for job in jobs):
-        local, highest = pack(use_holders=True) or _NOTHING
+        bound = [bool(job.pinned or job.holders) for job in jobs]
+        local, highest = pack(_order(flops, bound), bound, give_up=_GOOD_IMBALANCE * high) or _NOTHING
         if highest <= _GOOD_IMBALANCE * high:
             best, high = local, highest
     if best.imbalance <= _GOOD_IMBALANCE:
         return best
     mean, most = sum(best.loads_flops) / num_ranks, high
     for number in reversed(range(_LIMITS_TRIED)):
-        tried = pack(use_holders=False, limit=mean * (most / mean) ** (number / _LIMITS_TRIED))
+        limit = mean * (most / mean) ** (number / _LIMITS_TRIED)
+        tried = pack(freely, pinned, limit, give_up=_WORTHWHILE * high)
         if tried is not None and tried[1] < _WORTHWHILE * high:
             best, high = tried
             if high <= _GOOD_IMBALANCE * mean:
@@ -99,29 +104,35 @@ def assign(jobs: Sequence[Job], num_ranks: int, steps: int = 5, split_min_flops:
     return best
 
 
+def _order(flops: list[int], bound: list[bool]) -> list[int]:
+    """Jobs of given ranks, then the others, by falling cost."""
+    return sorted(range(len(flops)), key=lambda i: (not bound[i], -flops[i], i))
+
+
 _NOTHING = Assignment((), ()), math.inf
 
 
 def _pack(
     jobs: Sequence[Job],
+    flops: list[int],
     num_ranks: int,
     steps: int,
     split_min_flops: int,
-    *,
-    use_holders: bool,
+    order: list[int],
+    bound: list[bool],
     limit: float = math.inf,
+    give_up: float = math.inf,
 ) -> tuple[Assignment, float] | None:
-    """Greedy: jobs of given ranks, then the others by falling cost. None where a job can neither fit nor be shared.
+    """Greedy, in `order`: `bound` jobs to one of their holders, and the others to the least loaded ranks.
 
     What may not be shared raises the limit where it must. The second value is the largest load, reductions included.
+    None where a job can neither fit nor be shared, or a load exceeds `give_up`.
     """
     price = reduction_price(split_min_flops, steps)
-    flops = [shared_flops(job.rows, job.cols, 1, steps) for job in jobs]
     loads, loads_flops = [0.0] * num_ranks, [0] * num_ranks
     workers: list[tuple[int, ...]] = [()] * len(jobs)
-    bound = [job.pinned or (use_holders and bool(job.holders)) for job in jobs]
     heap: list[tuple[float, int]] = []
-    for index in sorted(range(len(jobs)), key=lambda i: (not bound[i], -flops[i], i)):
+    for index in order:
         job = jobs[index]
         if not bound[index] and not heap:  # bound jobs come first: from here on the heap alone decides
             heap = sorted((load, rank) for rank, load in enumerate(loads))
@@ -133,16 +144,17 @@ def _pack(
             team = _team(job, heap, steps, price, limit)
         if not team:
             return None
-        size = len(team)
-        part = shared_flops(job.rows, job.cols, size, steps)
-        cost = part + price * shared_bytes(job.rows, job.cols, size, steps)
+        part, cost = _cost(job.rows, job.cols, len(team), steps, price)
         for rank in team:
-            loads[rank] += cost
+            load = loads[rank] = loads[rank] + cost
             loads_flops[rank] += part
-            limit = max(limit, loads[rank])
+            if load > give_up:
+                return None
+            if load > limit:
+                limit = load
             if heap:
-                heapq.heappush(heap, (loads[rank], rank))
-        workers[index] = tuple(sorted(team))
+                heapq.heappush(heap, (load, rank))
+        workers[index] = tuple(sorted(team)) if len(team) > 1 else (team[0],)
     return Assignment(tuple(workers), tuple(loads_flops)), max(loads)
 
 
@@ -152,9 +164,15 @@ def _team(job: Job, heap: list[tuple[float, int]], steps: int, price: float, lim
     for size in range(1, min(len(heap), max(job.rows, job.cols)) + 1):
         load, rank = heapq.heappop(heap)
         team.append(rank)
-        cost = shared_flops(job.rows, job.cols, size, steps) + price * shared_bytes(job.rows, job.cols, size, steps)
-        if load + cost <= limit:
+        if load + _cost(job.rows, job.cols, size, steps, price)[1] <= limit:
             return team
         if load >= limit:
             break
     return []
+
+
+@lru_cache(maxsize=2**16)
+def _cost(rows: int, cols: int, num_workers: int, steps: int, price: float) -> tuple[int, float]:
+    """FLOPs of each rank that shares a matrix, and these with its reductions. There are few shapes, and many jobs."""
+    part = shared_flops(rows, cols, num_workers, steps)
+    return part, part + price * shared_bytes(rows, cols, num_workers, steps)

@@ -23,11 +23,12 @@ def check_fits(
     rather let through than refused. Without a `device`, "auto" precision counts as bfloat16.
 
     Raises:
-        UserError: it does not fit; says by how much, the largest micro-batch that fits, and what else would.
+        UserError: it does not fit; says by how much, the largest micro-batch that fits, what else would, and how to
+            start it nevertheless.
     """
     model = make_model(config, world_size=world_size, vocab_size=vocab_size, device=device or "cuda")
     if message := misfit(model, memory_bytes):
-        raise UserError(message)
+        raise UserError(f"{message}. loop.check_memory=false starts the run all the same")
 
 
 def misfit(model: Model, memory_bytes: int) -> str | None:
@@ -36,21 +37,13 @@ def misfit(model: Model, memory_bytes: int) -> str | None:
     if memory.peak <= memory_bytes:
         return None
     phase = max(memory.phases, key=lambda name: memory.phases[name])
-    parts = {
-        "weights": memory.weights,
-        "optimizer state": memory.optimizer_state,
-        "gradients": {"forward": memory.early_gradients, "backward": memory.late_gradients}.get(
-            phase, memory.gradients
-        ),
-        "gathered parameters": memory.gathered if phase != "optimizer" else 0,
-        "activations": sum(memory.activations.values()) if phase == "forward" else 0,
-        "Muon's exchange": memory.exchange if phase == "optimizer" else 0,
-    }
-    listed = ", ".join(f"{name} {_gb(size)}" for name, size in parts.items() if size)
+    at = list(memory.phases).index(phase)
+    sizes = sorted(((row[at], name) for name, row in memory.rows.items()), reverse=True)
+    listed = ", ".join(f"{name} {_gb(size)}" for size, name in sizes if size > memory.peak / 100)
     text = (
-        f"a rank needs {_gb(memory.peak)} in the {phase} {'step' if phase == 'optimizer' else 'pass'}, "
-        f"{_gb(memory.peak - memory_bytes)} more than the {_gb(memory_bytes)} there are ({listed}), with "
-        f"micro-batches of {model.micro_batch} x {model.config.data.seq_len} tokens on {_ranks(model.world_size)}"
+        f"a rank needs {_gb(memory.peak)}, {_gb(memory.peak - memory_bytes)} more than the {_gb(memory_bytes)} there "
+        f"are ({phase}: {listed}), with micro-batches of {model.micro_batch} x {model.config.data.seq_len} tokens on "
+        f"{_ranks(model.world_size)}"
     )
     fitting = list(fitting_changes(model, memory_bytes))
     if fitting:
@@ -63,7 +56,7 @@ _TRIED = "one sequence at a time, activation checkpointing, zero = 3, and up to 
 
 def largest_micro_batch(model: Model, memory_bytes: int) -> int | None:
     """The largest micro-batch, of those that divide a rank's sequences, that fits; None where not even 1 does."""
-    # One micro-batch a step needs no whole gradients beside it, so that more may fit than the bounds say.
+    # A single micro-batch of a step finds no gradients, so that more sequences may need less.
     for micro_batch in reversed([n for n in range(1, model.rank_batch + 1) if model.rank_batch % n == 0]):
         if memory_of(model, micro_batch).peak <= memory_bytes:
             return micro_batch
@@ -73,8 +66,7 @@ def largest_micro_batch(model: Model, memory_bytes: int) -> int | None:
 def fitting_changes(model: Model, memory_bytes: int) -> Iterator[str]:
     """Changes that make the run fit, as keys of the configuration, the least ones first.
 
-    A smaller micro-batch, activation checkpointing, zero = 3, both; if neither fits, a batch of one pass, where FSDP2
-    would keep whole gradients over several, and more ranks.
+    A smaller micro-batch, activation checkpointing, zero = 3, both; if neither fits, more ranks.
     """
     config, size = model.config, model.world_size
     largest = largest_micro_batch(model, memory_bytes)
@@ -91,9 +83,6 @@ def fitting_changes(model: Model, memory_bytes: int) -> Iterator[str]:
         return
     cut: Changes = {} if config.dist.zero == 3 else {"dist.zero": 3}
     both: list[Changes] = [cut, {**cut, "loop.activation_checkpointing": "full"}] if kinds else [cut]
-    if model.rank_batch > 1 and (size > 1 or not cut):
-        one_pass = {"loop.batch_size": model.layout.grid.data, "loop.micro_batch_size": 1}
-        yield from _first_fitting([{**change, **one_pass} for change in both], model, size, memory_bytes)
     for factor in (2, 4, 8, 16, 32, 64):
         if found := list(_first_fitting(both, model, size * factor, memory_bytes)):
             yield from found

@@ -96,7 +96,7 @@ def forecast(config: TrainConfig, *, world_size: int, vocab_size: int, machines:
         UserError: the ranks do not divide as `dist` asks, or `loop.batch_size` into ranks and micro-batches.
     """
     model = make_model(config, world_size=world_size, vocab_size=vocab_size, device=machines.device.kind)
-    micro_batch = model.micro_batch
+    micro_batch, machines = model.micro_batch, machines.with_shares(compiled=config.loop.compile)
     owners = _owners(model)
     memory, sent, flops = (
         memory_of(model, micro_batch),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from muonlm.config.errors import UserError
 
@@ -45,6 +45,12 @@ DEVICES: dict[str, Device] = {
 }
 
 
+# Whole steps on one H100, torch 2.11, bfloat16 (tests/unit/plan/test_gpu_memory.py prints tokens a second): of the peak
+# 0.19 with width 768 and 0.34 with width 2048, compiled 0.34 and 0.43. Published tokens a second of Llama 3.1 8B on
+# H100, compiled, come to about 0.4 (torchtitan, arXiv:2410.06511).
+EAGER_SHARE, COMPILED_SHARE = 0.3, 0.4
+
+
 @dataclass(frozen=True)
 class Machines:
     """Devices in nodes, and the shares of their data sheets that are assumed to be attained.
@@ -53,8 +59,7 @@ class Machines:
         name, device: of `DEVICES`, with what the command line overrode.
         per_node: ranks of a node; ranks fill node after node.
         matmul_share: of the peak, by forward and backward pass of the model when they wait for no other rank; what
-            is no product is in it. Published tokens a second of Llama 3.1 8B on H100 in bfloat16, compiled, come to
-            about 0.4 (torchtitan, arXiv:2410.06511).
+            is no product is in it. 0 takes `EAGER_SHARE` or `COMPILED_SHARE`.
         newton_schulz_share: of the peak, by Newton-Schulz.
         link_share: of bandwidths, memory's too.
         overlap_share: of the model's computation, behind which FSDP2, DDP and ZeRO can hide what they send.
@@ -64,11 +69,15 @@ class Machines:
     name: str
     device: Device
     per_node: int
-    matmul_share: float = 0.45
+    matmul_share: float = 0.0
     newton_schulz_share: float = 0.5
     link_share: float = 0.7
     overlap_share: float = 0.8
     usable_share: float = 0.95
+
+    def with_shares(self, *, compiled: bool) -> Machines:
+        """With a share of products for a run that torch.compile compiles or not, unless one is given."""
+        return replace(self, matmul_share=self.matmul_share or (COMPILED_SHARE if compiled else EAGER_SHARE))
 
     @property
     def network_bandwidth(self) -> float:

@@ -10,7 +10,7 @@ from muonlm.config.optim import MuonConfig
 from muonlm.config.ranks import micro_batch_size
 from muonlm.config.schema import TrainConfig
 from muonlm.optim.buckets import Bucket
-from muonlm.plan.activations import activations, token_buffer_bytes
+from muonlm.plan.activations import Activations, activations
 from muonlm.plan.owners import zero_buckets
 from muonlm.plan.parameters import (
     FP32_BYTES,
@@ -31,10 +31,11 @@ class Memory:
     Fields:
         weights: fp32 parameters that stay; gradients: fp32 ones when the optimizer steps; optimizer_state.
         early_gradients, late_gradients: those that are there during the forward pass, and after the backward pass:
-            whole ones where FSDP2 adds them up over micro-batches, and with ZeRO-1.
-        gathered: parameters that FSDP2 has whole at a time, and gradients on their way.
+            whole ones with ZeRO-1.
+        gathered, gathered_at_end: parameters that FSDP2 has whole at a time, and gradients on their way; at the end of
+            the backward pass.
         exchange: what Muon's step sends, receives and computes with.
-        activations: by kind (`muonlm.plan.activations`), and token_buffers of expert parallelism.
+        activations: by kind.
     """
 
     weights: int
@@ -43,23 +44,40 @@ class Memory:
     early_gradients: int
     late_gradients: int
     gathered: int
+    gathered_at_end: int
     exchange: int
-    activations: dict[str, int]
+    activations: Activations
+
+    @property
+    def rows(self) -> dict[str, tuple[int, ...]]:
+        """Bytes by kind in each of `phases`."""
+        used = self.activations
+        return {
+            "weights": (self.weights,) * 4,
+            "optimizer state": (self.optimizer_state,) * 4,
+            "gradients": (self.early_gradients, self.early_gradients, self.late_gradients, self.gradients),
+            "gathered parameters and reductions": (self.gathered, self.gathered, self.gathered_at_end, 0),
+            "activations of blocks": (used.blocks, used.blocks, 0, 0),
+            "activations of one block": (0, used.block if used.is_recomputed else 0, used.block, 0),
+            "copies of weights": (used.weight_copies, used.weight_copies, 0, 0),
+            "head and its gradients": (used.head, used.head, 0, 0),
+            "logits": (used.logits, 0, 0, 0),
+            "temporaries": (0, used.temporaries, used.temporaries, 0),
+            "Muon's exchange and products": (0, 0, 0, self.exchange),
+        }
 
     @property
     def phases(self) -> dict[str, int]:
-        """Bytes at the end of forward pass and of backward pass, and in the optimizer's step."""
-        stays = self.weights + self.optimizer_state
-        return {
-            "forward": stays + self.early_gradients + self.gathered + sum(self.activations.values()),
-            "backward": stays + self.late_gradients + self.gathered,
-            "optimizer": stays + self.gradients + self.exchange,
-        }
+        """Bytes where the loss is computed, where the backward pass begins and ends, and in the optimizer's step."""
+        return dict(zip(PHASES, map(sum, zip(*self.rows.values(), strict=True)), strict=True))
 
     @property
     def peak(self) -> int:
         """Bytes of the phase that needs most."""
         return max(self.phases.values())
+
+
+PHASES = ("loss", "backward, begin", "backward, end", "optimizer")
 
 
 @dataclass(frozen=True)
@@ -115,31 +133,30 @@ def memory_of(model: Model, micro_batch: int) -> Memory:
     config, layout = model.config, model.layout
     gradients = FP32_BYTES * _held(model)
     early, late = _gradients(model, gradients, micro_steps=max(1, model.rank_batch // micro_batch))
-    used = activations(config, model.weights, layout, micro_batch, model.vocab_size, model.device)
+    during, at_end = _gathered(model)
     return Memory(
         weights=_parameters(model),
         gradients=gradients,
         optimizer_state=_state(model),
         early_gradients=early,
         late_gradients=late,
-        gathered=_gathered(model),
+        gathered=during,
+        gathered_at_end=at_end,
         exchange=_exchange(model),
-        activations=used | {"token_buffers": token_buffer_bytes(config, layout, micro_batch, model.device)},
+        activations=activations(config, model.weights, layout, micro_batch, model.vocab_size, model.device),
     )
 
 
 def _gradients(model: Model, gradients: int, micro_steps: int) -> tuple[int, int]:
     """Bytes of gradients that are there during the forward pass, and after the backward pass.
 
-    `gradients` are those that the optimizer sees. DistributedDataParallel keeps its buckets always; FSDP2 adds up whole
-    gradients over micro-batches; ZeRO-1 has whole ones until they are reduced.
+    `gradients` are those that the optimizer sees. DistributedDataParallel keeps its buckets always; the others free
+    gradients after a step, and have them during a forward pass where another one came before. ZeRO-1 has whole ones
+    until they are reduced.
     """
     engine = model.layout.engine
     if engine == "ddp":
         return gradients, gradients
-    if engine == "fsdp":
-        whole = FP32_BYTES * sum(model.layout.whole_numel(w) for w in model.weights)
-        return (whole, max(whole, gradients)) if micro_steps > 1 else (0, gradients)
     if engine == "zero1":
         whole = model.layout.num_ranks * gradients
         return whole if micro_steps > 1 else 0, whole + gradients
@@ -179,24 +196,28 @@ def _state(model: Model) -> int:
     return -(-total // model.layout.num_ranks) if model.layout.engine in ("zero1", "zero2") else total
 
 
-def _gathered(model: Model) -> int:
-    """Bytes of what FSDP2 gathers: everything outside of the blocks, and two blocks, one in use and the next.
+def _gathered(model: Model) -> tuple[int, int]:
+    """Bytes of what FSDP2 gathers, and of gradients on their way: during both passes, and at the end of the backward.
 
-    Or all blocks, if they are not freed after the forward pass. On top the fp32 gradients of a block, before and after
-    they are copied together to be reduced. ZeRO-2 has two buckets of gradients on their way.
+    Gathered are everything outside of the blocks, and two blocks, one in use and the next, or all if they are not freed
+    after the forward pass. Gradients of a block, or at the end of what is outside, are there in the dtype of the
+    parameters, and in fp32 copied together to be reduced. ZeRO-2 has two buckets of gradients on their way.
     """
     layout, config = model.layout, model.config
     if layout.engine == "zero2":
-        return 2 * FP32_BYTES * layout.num_ranks * max(model.slots) if model.buckets is not None else 0
+        both = 2 * FP32_BYTES * layout.num_ranks * max(model.slots) if model.buckets is not None else 0
+        return both, both
     if layout.engine != "fsdp":
-        return 0
+        return 0, 0
     units: dict[int, int] = defaultdict(int)
     for weight in model.weights:
         units[weight.unit] += layout.local_numel(weight) * layout.shards(weight)
     root = units.pop(-1)
     blocks = sorted(units.values(), reverse=True)
     at_a_time = sum(blocks[:2] if config.dist.reshard_after_forward else blocks)
-    return gather_bytes(config, model.device) * (root + at_a_time) + 2 * FP32_BYTES * blocks[0]
+    size = gather_bytes(config, model.device)
+    during = size * (root + at_a_time) + (size + FP32_BYTES) * blocks[0]
+    return during, max(during, size * root + (size + FP32_BYTES) * root)
 
 
 def _exchange(model: Model) -> int:

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from muonlm.plan.forecast import Forecast
+from muonlm.plan.memory import PHASES
 
 
 def render(plan: Forecast, width: int = 120) -> str:
@@ -17,7 +18,7 @@ def render(plan: Forecast, width: int = 120) -> str:
     console.print(_title(plan))
     sections = {
         "Parameters": _parameters(plan),
-        "Memory of a rank, where each phase ends": _memory(plan),
+        "Memory of a rank, where it may be largest": _memory(plan),
         "Sent by a rank in a step": _traffic(plan),
         "Work of a step": _work(plan),
         "Predicted time of a step, not measured": _time(plan),
@@ -55,20 +56,11 @@ def _parameters(plan: Forecast) -> Table:
 
 
 def _memory(plan: Forecast) -> Table:
-    memory = plan.memory
-    table = _table("", "forward", "backward", "optimizer")
-    rows: list[tuple[str, int, int, int]] = [
-        ("weights", *(memory.weights,) * 3),
-        ("optimizer state", *(memory.optimizer_state,) * 3),
-        ("gradients", memory.early_gradients, memory.late_gradients, memory.gradients),
-        ("gathered parameters, reductions", memory.gathered, memory.gathered, 0),
-        *((f"activations, {kind.replace('_', ' ')}", size, 0, 0) for kind, size in memory.activations.items()),
-        ("Muon's exchange and products", 0, 0, memory.exchange),
-    ]
-    for name, *sizes in rows:
+    table = _table("", *PHASES)
+    for name, sizes in plan.memory.rows.items():
         if any(sizes):
             table.add_row(name, *(scaled(size, "B") if size else "" for size in sizes))
-    table.add_row("together", *(scaled(size, "B") for size in memory.phases.values()))
+    table.add_row("together", *(scaled(size, "B") for size in plan.memory.phases.values()))
     return table
 
 

@@ -92,8 +92,8 @@ def _data_parallel(model: Model, micro_steps: int) -> list[Transfer]:
 def _fsdp(model: Model, micro_steps: int) -> list[Transfer]:
     """A unit for each block, one for its experts where these are cut over fewer ranks, and one for the rest.
 
-    Blocks are gathered in forward and backward pass, the rest once. Gradients are reduced in fp32, after the last
-    micro-batch alone, and then summed over replicas.
+    Blocks are gathered in forward and backward pass, the rest once. Gradients are reduced in fp32, and after the last
+    micro-batch summed over replicas.
     """
     layout, grid = model.layout, model.layout.grid
     units: dict[tuple[int, bool], list[Weight]] = defaultdict(list)
@@ -123,12 +123,12 @@ def _fsdp(model: Model, micro_steps: int) -> list[Transfer]:
             phase="backward",
             what=f"gradients{of_what}",
             collective="reduce_scatter",
-            calls=1,
-            num_bytes=(ranks - 1) * FP32_BYTES * local,
+            num_bytes=micro_steps * (ranks - 1) * FP32_BYTES * local,
         )
         among_replicas = replace(
             reduction,
             collective="all_reduce",
+            calls=1,
             num_bytes=2 * (grid.replicate - 1) / grid.replicate * FP32_BYTES * local,
             size=grid.replicate,
             stride=grid.shard * grid.tensor,

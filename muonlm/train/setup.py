@@ -38,6 +38,8 @@ from muonlm.optim.rules_table import rules_table
 from muonlm.optim.shards import Sharding
 from muonlm.optim.transfer import transferred
 from muonlm.optim.zero import ZeroDataParallel
+from muonlm.plan.fit import check_fits
+from muonlm.plan.machine import host_memory_bytes
 from muonlm.train.evaluate import eval_indices
 from muonlm.train.peak_flops import peak_flops
 from muonlm.train.reference import check_reference
@@ -94,6 +96,8 @@ def build(config: TrainConfig, world: World, recorded: dict[str, Any]) -> Parts:
     decided = on_main(lambda: _decide_precision(config, world, recorded))
     dtype, iterate_dtype = (getattr(torch, decided[key]) for key in ("precision", "newton_schulz_dtype"))
     with raised_on_all_ranks():
+        if config.loop.check_memory:
+            _check_memory(config, world, vocab_size, decided)
         model = outline(config.model, vocab_size)
         model.document_separator = train_data.end_of_text_id
         rules = transferred(assign_rules(model, config.optim), config.model.width_ratio)
@@ -184,6 +188,34 @@ def _decide_precision(config: TrainConfig, world: World, recorded: dict[str, Any
         )
     probed = "bfloat16" if bfloat16_is_fast(world.device) else "float32"
     return {key: probed if value == "auto" else value for key, value in wanted.items()}
+
+
+def _check_memory(config: TrainConfig, world: World, vocab_size: int, decided: dict[str, str]) -> None:
+    """Refuse what cannot fit into the device, or into this rank's share of what the host has left."""
+    is_gpu = world.device.type == "cuda"
+    if is_gpu:
+        available: int | None = torch.cuda.get_device_properties(world.device).total_memory
+    else:
+        available = host_memory_bytes()
+    if available is None:
+        return
+    raw = config.model_dump()
+    raw["loop"]["precision"] = decided["precision"]
+    if config.optim.kind == "muon":
+        raw["optim"]["newton_schulz"]["dtype"] = decided["newton_schulz_dtype"]
+    check_fits(
+        TrainConfig.model_validate(raw),
+        world_size=world.size,
+        vocab_size=vocab_size,
+        memory_bytes=available if is_gpu else available // _ranks_of_host(world),
+        device="cuda" if is_gpu else "cpu",
+    )
+
+
+def _ranks_of_host(world: World) -> int:
+    """Ranks on this host, as torchrun says; all of them, where something else started them."""
+    text = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return int(text) if text.isdigit() and int(text) else world.size
 
 
 def _say_if_short(config: TrainConfig, available: int) -> None:

@@ -147,7 +147,7 @@ def test_bytes_kept_and_sent_are_those_of_a_real_run(stdlib_data, run_ranks, lay
     assert plan.sent_bytes(muons=True) > 0 or "zero-" in layout
 
 
-@pytest.mark.parametrize("layout", ["zero-1 2", "zero-2 4", "fsdp 2", "tp 2"])
+@pytest.mark.parametrize("layout", ["zero-1 2", "zero-2 4", "fsdp 2", "hsdp 2x2", "tp 2"])
 def test_with_several_micro_batches(stdlib_data, run_ranks, layout) -> None:
     size, spread = LAYOUTS[layout]
     config = make(stdlib_data, spread, micro_batch_size=1)
@@ -178,23 +178,26 @@ def test_matrices_that_ranks_share(stdlib_data, run_ranks) -> None:
     assert plan.owners.num_shared > 0
 
 
-def test_fsdp_keeps_whole_gradients_over_micro_batches(stdlib_data, run_ranks) -> None:
-    config = make(stdlib_data, {"zero": 3}, micro_batch_size=2)
+@pytest.mark.parametrize("layout", ["fsdp 2", "hsdp 2x2"])
+def test_gradients_stay_cut_over_micro_batches(stdlib_data, run_ranks, layout) -> None:
+    """What a backward pass that is not the last one leaves, wherever FSDP2 keeps it."""
+    world_size, spread = LAYOUTS[layout]
+    config = make(stdlib_data, spread, micro_batch_size=1)
 
     def one(rank: int, size: int) -> list[int]:
         parts = build(config, process.start(config.dist, "cpu"), {})
-        ids = torch.zeros(2, 32, dtype=torch.int64)
+        ids = torch.zeros(1, 32, dtype=torch.int64)
         with without_gradient_sync(parts.wrapped):
             parts.wrapped(ids, ids).backward()
-        kept = 0
+        kept = []
         for module in parts.wrapped.modules():
             if isinstance(module, FSDPModule) and (group := module._get_fsdp_state()._fsdp_param_group):
+                kept.append(group._partial_reduce_output)
                 for p in group.fsdp_params:
-                    grads = [p.unsharded_accumulated_grad, p.unsharded_param.grad]
-                    kept += sum(local_tensor(grad).nbytes for grad in grads if grad is not None)
-        return [kept, parts.train_data.vocab_size]
+                    kept += [p.unsharded_accumulated_grad, p.unsharded_param.grad, p.sharded_param.grad]
+        return [nbytes([local_tensor(grad) for grad in kept if grad is not None]), parts.train_data.vocab_size]
 
-    [(kept, vocab_size), _] = run_ranks(one, 2, join=False)
-    model = make_model(config, world_size=2, vocab_size=vocab_size, device="cpu")
-    assert memory_of(model, 2).early_gradients == kept
-    assert memory_of(model, 4).early_gradients == 0
+    ranks = run_ranks(one, world_size, join=False)
+    model = make_model(config, world_size=world_size, vocab_size=ranks[0][1], device="cpu")
+    assert memory_of(model, 1).early_gradients == max(kept for kept, _ in ranks)
+    assert memory_of(model, model.rank_batch).early_gradients == 0

@@ -56,10 +56,11 @@ def test_fsdp_by_hand(make: Make) -> None:
     assert found.weights == found.gradients == found.late_gradients == 4 * (2 * (matrices + vectors) + root)
     assert found.optimizer_state == 2 * 4 * matrices + 8 * (2 * vectors + root)
     block = 3 * (matrices + vectors)
-    assert found.gathered == 2 * (3 * root + 2 * block) + 2 * 4 * block
+    assert found.gathered == 2 * (3 * root + 2 * block) + (2 + 4) * block
+    assert found.gathered_at_end == max(found.gathered, (2 + 2 + 4) * 3 * root)
     assert found.early_gradients == 0
     several = memory(make(zero=3, **{"loop.batch_size": 9}), 3, micro_batch=1)
-    assert several.early_gradients == several.late_gradients == 4 * TOTAL
+    assert several.early_gradients == several.late_gradients == found.gradients
 
 
 def test_experts_by_hand(make: Make) -> None:
@@ -72,8 +73,8 @@ def test_experts_by_hand(make: Make) -> None:
     others = sum(dense.layout.local_numel(w) for w in dense.weights if w.role != "experts")
     assert two.weights == 4 * (others + 2 * stacks // 4)
     assert one.weights > two.weights
-    rows = 2 * 32 * 48 * 2  # of one sequence in bfloat16, for two experts a token
-    assert (one.activations["token_buffers"], two.activations["token_buffers"]) == (2 * rows, 4 * rows)
+    rows = 2 * 32 * 48 * 2  # of one sequence in bfloat16, for two experts a token: sent and received too
+    assert two.activations.temporaries - one.activations.temporaries == 2 * rows
     many = make_model(
         make("moe", zero=3, expert_parallel=2, **{"loop.batch_size": 16}), world_size=16, vocab_size=100, device="cuda"
     )
@@ -146,14 +147,14 @@ def test_replicas_and_tensor_parallelism(make: Make) -> None:
     assert copied.weights == memory(make(zero=3), 2).weights > 3 * cut.weights
     alone, shared = memory(make(), 1), memory(make(tensor_parallel=2), 2)
     assert shared.weights == alone.weights - 4 * HIDDEN // 2
-    assert shared.activations["blocks"] < alone.activations["blocks"]
-    assert shared.activations["head"] == alone.activations["head"]
+    assert shared.activations.blocks < alone.activations.blocks
+    assert shared.activations.head == alone.activations.head
 
 
 def test_settings_that_save_memory(make: Make) -> None:
     def blocks(kind: str) -> int:
         config = make(**{"loop.activation_checkpointing": kind, "model.num_layers": 12})
-        return memory(config, 1).activations["blocks"]
+        return memory(config, 1).activations.blocks
 
     assert blocks("none") > 1.5 * blocks("selective") > 1.5 * 1.5 * blocks("full")
     half = memory(make(zero=3, gather_dtype="bfloat16"), 4, "cpu").gathered

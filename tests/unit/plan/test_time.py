@@ -47,6 +47,14 @@ def test_time_by_hand(make: Make, plan_of: PlanOf) -> None:
     )
 
 
+def test_compiled_steps_are_taken_to_be_faster(make: Make, plan_of: PlanOf) -> None:
+    eager, compiled = plan_of(make()), plan_of(make(**{"loop.compile": True}))
+    assert compiled.time.compute < eager.time.compute
+    given = Machines("cpu", DEVICES["cpu"], 8, matmul_share=0.2)
+    by_hand = forecast(make(**{"loop.compile": True}), world_size=1, vocab_size=100, machines=given)
+    assert by_hand.time.compute == pytest.approx(by_hand.flops.model / (75e9 * 0.2))
+
+
 def test_muons_share_falls_with_the_batch_and_the_network_matters(make: Make) -> None:
     def plan(per_node: int = 4, gbit: float = 400, **changes: Any) -> Forecast:
         machines = Machines("h100-80gb", replace(DEVICES["h100-80gb"], network_gbit=gbit), per_node)
