@@ -136,8 +136,12 @@ def activate(gate: Tensor | None, up: Tensor, kind: str, *, plain: bool = False)
         out: Tensor = _SwiGLU.apply(gate, up)
         return out
     x = up if gate is None else gate
-    activated = F.silu(x) if kind == "silu" else F.relu(x).square()
+    activated = F.silu(x) if kind == "silu" else _square(F.relu(x))
     return activated if gate is None else activated * up
+
+
+def _square(x: Tensor) -> Tensor:
+    return x * x  # autocast computes powers in fp32
 
 
 @lru_cache(maxsize=8)

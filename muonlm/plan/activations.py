@@ -118,8 +118,7 @@ def _feed_forward(config: TrainConfig, layer: int, layout: Layout, a: int, devic
     Gate, up, activation and product 4aF, or without gate input and activation 2aF. Routed experts keep, for each of a
     token's k, its row aD, routing weight and places 20 (with expert parallelism 36), and gate and up 2aF on a CPU,
     where the rest is computed anew; on a GPU activation, product and weighted product too. The router keeps its input
-    4D where a is 2, and scores 4E. On a GPU, torch.compile computes activations anew, and all of that of experts;
-    without it autocast squares in fp32: of "relu2" its result, with a gate twice, in place of one of a.
+    4D where a is 2, and scores 4E. On a GPU, torch.compile computes activations anew, and all of that of experts.
     """
     model, tensor, fused = config.model, layout.grid.tensor, _is_fused(config, device)
     parts = 2 if model.gated else 1
@@ -127,8 +126,6 @@ def _feed_forward(config: TrainConfig, layer: int, layout: Layout, a: int, devic
     dense, more = 2 * parts * a, 0 if device == "cpu" or fused else (parts + 1) * a
     if fused and model.gated:
         dense -= a
-    elif device == "cuda" and model.activation == "relu2" and a < FP32_BYTES:
-        dense, more = (3 * a + 8, a + 12) if model.gated else (2 * a + 4, a + 8)
     if not (isinstance(model, MoEConfig) and has_experts(model, layer)):
         inner = model.intermediate_size // tensor
         return dense * inner, parts * a * inner + a * model.hidden_size
