@@ -18,6 +18,10 @@ def add(commands: Any) -> None:
         "optimizer", add_help=False, help="optimizer steps on several ranks; --help lists its options"
     )
     optimizer.set_defaults(run=_optimizer, passes_rest=True)
+    deepspeed = actions.add_parser(
+        "deepspeed", add_help=False, help="Muon under DeepSpeed beside DeepSpeed's own; --help lists its options"
+    )
+    deepspeed.set_defaults(run=_deepspeed, passes_rest=True)
     coordinates = actions.add_parser(
         "coordinates", add_help=False, help="whether updates depend on the width; --help lists its options"
     )
@@ -42,6 +46,12 @@ def _moe(args: argparse.Namespace) -> int:
 
 def _optimizer(args: argparse.Namespace) -> int:
     from muonlm.bench.optimizer import main
+
+    return int(main(args.rest) or 0)
+
+
+def _deepspeed(args: argparse.Namespace) -> int:
+    from muonlm.bench.deepspeed import main
 
     return int(main(args.rest) or 0)
 

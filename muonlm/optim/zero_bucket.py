@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -162,17 +162,22 @@ class ZeroShard:
 
     def logical(self, state: torch.Tensor) -> Any:
         """State as a tensor of the parameter's shape whose parts lie on their owners, for distributed checkpoints."""
-        if state.ndim == 0:
-            return state
-        shape, offset = self.param.shape, 0
-        parts, metadata = [], []
-        for rank, begin, end in self.ranges:
-            for start, size in blocks_of_range(shape, begin, end):
-                data = ShardMetadata(list(start), list(size), f"rank:{rank}/{state.device}")
-                metadata.append(data)
-                if rank == collectives.rank():
-                    numel = torch.Size(size).numel()
-                    parts.append(TensorPart(state[offset : offset + numel].view(size), data))
-                    offset += numel
-        whole = ShardedTensorMetadata(metadata, shape, TensorProperties(dtype=state.dtype))
-        return ShardedTensor._init_from_local_shards_and_global_metadata(parts, whole)
+        return logical_tensor(self.param.shape, self.ranges, state) if state.ndim else state
+
+
+def logical_tensor(shape: torch.Size, ranges: Sequence[tuple[int, int, int]], own: torch.Tensor) -> ShardedTensor:
+    """A tensor of which the ranks hold `ranges` (rank, begin, end), flattened; `own` has this rank's, in that order.
+
+    torch.distributed.checkpoint saves and loads it in place. Communicates nothing.
+    """
+    parts, metadata, offset = [], [], 0
+    for rank, begin, end in ranges:
+        for start, size in blocks_of_range(shape, begin, end):
+            data = ShardMetadata(list(start), list(size), f"rank:{rank}/{own.device}")
+            metadata.append(data)
+            if rank == collectives.rank():
+                numel = torch.Size(size).numel()
+                parts.append(TensorPart(own[offset : offset + numel].view(size), data))
+                offset += numel
+    whole = ShardedTensorMetadata(metadata, shape, TensorProperties(dtype=own.dtype))
+    return ShardedTensor._init_from_local_shards_and_global_metadata(parts, whole)

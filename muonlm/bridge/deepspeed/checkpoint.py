@@ -1,0 +1,96 @@
+"""Checkpoints of what is trained under DeepSpeed, under parameter names: restored at another stage, on other ranks.
+
+DeepSpeed's own checkpoints hold flat partitions and load where stage and number of ranks are the same. These hold
+logical tensors, under the names of muonlm's own checkpoints: `model.<parameter>` (in the precision that is trained in),
+`model.<buffer>` and `optimizer.<parameter>.<key>`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch.distributed.checkpoint as dcp
+
+from muonlm.bridge.deepspeed.optimizer import DeepSpeedMuon
+from muonlm.bridge.deepspeed.partitions import refresh
+from muonlm.config.errors import UserError
+from muonlm.dist import collectives
+
+
+def save_checkpoint(engine: Any, path: str | Path) -> None:
+    """Write parameters, buffers and optimizer state to the directory `path`, each rank its part. Called by all ranks.
+
+    Learning-rate schedules, loss scales and counters are not in it: DeepSpeed's `engine.save_checkpoint` has them.
+    Collectives: those of dcp.save. Raises UserError for frozen parameters in stage 3, and where `bind` was not called.
+    """
+    state = _state(engine, _optimizer(engine))
+    with _quiet():
+        dcp.save(state, checkpoint_id=Path(path), no_dist=not collectives.is_active())
+
+
+def load_checkpoint(engine: Any, path: str | Path) -> None:
+    """Restore what `save_checkpoint` wrote, bit for bit, at any stage and on any number of ranks. Called by all ranks.
+
+    It may hold other things too, as muonlm's own checkpoints do. Collectives: those of dcp.load; one all_gather of the
+    parameters in stages 1 and 2. Raises UserError where it does not fit the model, as well as what `save_checkpoint`
+    raises.
+    """
+    optimizer = _optimizer(engine)
+    state = _state(engine, optimizer)
+    try:
+        with _quiet():
+            stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+            names = {name.removeprefix("model.") for name in stored if name.startswith("model.")}
+            if different := names ^ set(state["model"]):
+                raise ValueError(f"only one of the two has {min(different)}")
+            dcp.load(state, checkpoint_id=Path(path), no_dist=not collectives.is_active())
+    except (dcp.api.CheckpointException, OSError, ValueError, LookupError, RuntimeError) as error:
+        failures = getattr(error, "failures", None)  # by rank
+        reason = next(iter(failures.values()))[0] if failures else error
+        raise UserError(f"checkpoint {path} cannot be loaded: {reason}; it must be of the same model") from error
+    for bound in optimizer.partitions:
+        if bound.muon is None:
+            bound.state["step"].copy_(state["optimizer"][bound.shards[0].name]["step"])
+    refresh(optimizer.zero)
+
+
+def _optimizer(engine: Any) -> DeepSpeedMuon:
+    optimizer = getattr(engine.optimizer, "optimizer", None)
+    if not isinstance(optimizer, DeepSpeedMuon):
+        raise UserError("the engine was not made with muon_for_deepspeed: use engine.save_checkpoint")
+    return optimizer
+
+
+def _state(engine: Any, optimizer: DeepSpeedMuon) -> dict[str, Any]:
+    """What is saved, also the template that is loaded into: most of it is memory of DeepSpeed's."""
+    model: dict[str, Any] = {}
+    state: dict[str, dict[str, Any]] = {}
+    for bound in optimizer.partitions:
+        for shard in bound.shards:
+            model[shard.name] = shard.logical(bound.flat)
+            state[shard.name] = {key: shard.logical(bound.state[key]) for key in bound.state_keys}
+            if bound.muon is None:
+                state[shard.name]["step"] = bound.state["step"].clone()
+    params = dict(engine.module.named_parameters(remove_duplicate=False))
+    whole = set(engine.module.state_dict()) - params.keys()  # buffers that are meant to be saved
+    model |= {name: buffer for name, buffer in engine.module.named_buffers() if name in whole}
+    frozen = {name: param for name, param in params.items() if not param.requires_grad}
+    if cut := [name for name, param in frozen.items() if hasattr(param, "ds_tensor")]:
+        raise UserError(
+            f"{cut[0]} is frozen, and stage 3 keeps it in parts that are not saved here: use engine.save_checkpoint, "
+            "or stage 1 or 2"
+        )
+    return {"model": model | {name: param.data for name, param in frozen.items()}, "optimizer": state}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's warnings of its own ShardedTensor, and of saving on one process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+        warnings.filterwarnings("ignore", message="Please use DTensor instead", category=FutureWarning)
+        yield
