@@ -15,14 +15,13 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import nn
 
 from muonlm.config.errors import UserError
 from muonlm.config.optim import AdamWConfig, MuonConfig
 from muonlm.dist import collectives
 from muonlm.dist.precision import bfloat16_is_fast
-from muonlm.optim.build import build_optimizer
+from muonlm.optim.build import build_optimizer, settings
 from muonlm.optim.gradients import GradNorms
 from muonlm.optim.muon import Muon
 from muonlm.optim.rules import assign_rules, groups_of
@@ -34,19 +33,6 @@ _PLUGINS = {
     "DeepSpeed": ("ACCELERATE_USE_DEEPSPEED", "DEEPSPEED"),
     "Megatron-LM": ("ACCELERATE_USE_MEGATRON_LM", "MEGATRON_LM"),
 }
-
-
-def settings(config: MuonConfig | AdamWConfig | None, options: Mapping[str, Any]) -> MuonConfig | AdamWConfig:
-    """`config`, or else a `MuonConfig` with these fields. Raises UserError for both, and for options that cannot be."""
-    if config is not None:
-        if options:
-            raise UserError(f"give a configuration or single options, not both: {', '.join(options)}")
-        return config
-    try:
-        return MuonConfig.model_validate(options)
-    except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise UserError(f"options of Muon: {problems}; see docs/config.md, optim") from None
 
 
 def prepare(

@@ -14,9 +14,10 @@ from typing import Any
 
 from torch import nn
 
-from muonlm.bridge.accelerate import DeferredMuon, check_accelerator, settings
+from muonlm.bridge.accelerate import DeferredMuon, check_accelerator
 from muonlm.config.errors import UserError
 from muonlm.config.optim import AdamWConfig, MuonConfig
+from muonlm.optim.build import settings
 
 # Fields of TrainingArguments that are meant for the Trainer's own optimizers -> what to do instead.
 _IGNORED = {

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import nn
 
+from muonlm.config.errors import UserError
 from muonlm.config.optim import AdamWConfig, MuonConfig
 from muonlm.dist.precision import bfloat16_is_fast
 from muonlm.optim.muon import Muon
@@ -15,6 +18,19 @@ from muonlm.optim.shards import Sharding
 from muonlm.optim.transfer import transferred
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def settings(config: MuonConfig | AdamWConfig | None, options: Mapping[str, Any]) -> MuonConfig | AdamWConfig:
+    """`config`, or else a `MuonConfig` with these fields. Raises UserError for both, and for options that cannot be."""
+    if config is not None:
+        if options:
+            raise UserError(f"give a configuration or single options, not both: {', '.join(options)}")
+        return config
+    try:
+        return MuonConfig.model_validate(options)
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise UserError(f"options of Muon: {problems}; see docs/config.md, optim") from None
 
 
 def build_optimizer(

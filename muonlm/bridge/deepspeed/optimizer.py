@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import nn
 
 from muonlm.bridge.deepspeed.bound import BoundPartition, Desk, Outline, PartitionShard, PartitionSharding
@@ -27,7 +26,7 @@ from muonlm.config.optim import AdamWConfig, MuonConfig
 from muonlm.dist import collectives
 from muonlm.dist.agree import first_difference
 from muonlm.dist.precision import bfloat16_is_fast
-from muonlm.optim.build import build_optimizer
+from muonlm.optim.build import build_optimizer, settings
 from muonlm.optim.gradients import NonFiniteGradient
 from muonlm.optim.groups import stack_shape
 from muonlm.optim.layout import flat_ranges
@@ -52,10 +51,7 @@ def muon_for_deepspeed(
     `deepspeed.zero.Init`; `iterate_dtype` and `width_ratio` are those of `muonlm.optim.build.build_optimizer`. Raises
     UserError for options that do not exist and for parameters that no rule describes.
     """
-    if config is None:
-        config = _validated(options)
-    elif options:
-        raise UserError(f"give a configuration or single options, not both: {', '.join(options)}")
+    config = settings(config, options)
     with _shaped_as_whole(model):
         rules = transferred(assign_rules(model, config), width_ratio)
     return DeepSpeedMuon(dict(model.named_parameters()), config, rules, iterate_dtype)
@@ -216,14 +212,6 @@ _UNBOUND = (
     "call muonlm.bridge.deepspeed.bind(engine) after deepspeed.initialize: until then nobody knows which matrices this "
     "flat parameter is made of. Nothing was updated"
 )
-
-
-def _validated(options: dict[str, Any]) -> MuonConfig:
-    try:
-        return MuonConfig.model_validate(options)
-    except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise UserError(f"options of muon_for_deepspeed: {problems}; see docs/config.md, optim") from None
 
 
 @contextmanager
