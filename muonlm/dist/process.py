@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -12,7 +13,7 @@ import torch.distributed as dist
 
 from muonlm.config.errors import UserError
 from muonlm.config.schema import DistConfig
-from muonlm.dist import collectives
+from muonlm.dist import collectives, selftest
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,9 @@ class World:
 def start(config: DistConfig, device: str = "auto") -> World:
     """Join the process group that torchrun's environment describes; without torchrun, run alone.
 
-    `device` is "auto", "cpu" or "cuda". Raises UserError for an impossible device or backend, and when the other
-    ranks cannot be reached within `config.timeout_s`.
+    `device` is "auto", "cpu" or "cuda". With several ranks a self-test of 4 MiB runs, and rank 0 prints who is there on
+    stderr. Raises UserError for an impossible device or backend, and when the other ranks cannot be reached within
+    `config.timeout_s`.
     """
     rank, size, local_rank = (_env_int(name, default) for name, default in _TORCHRUN)
     torch_device = _pick_device(device, local_rank)
@@ -47,19 +49,35 @@ def start(config: DistConfig, device: str = "auto") -> World:
     backend = config.backend if config.backend != "auto" else ("nccl" if torch_device.type == "cuda" else "gloo")
     if backend == "nccl" and torch_device.type != "cuda":
         raise UserError("dist.backend: 'nccl' needs CUDA devices; use 'gloo' or 'auto' on CPU")
+    _join(rank, size, torch_device, backend, config.timeout_s)
+    collectives.set_timeout(timedelta(seconds=config.timeout_s))
+    return World(rank, size, local_rank, torch_device, backend)
+
+
+def _join(rank: int, size: int, device: torch.device, backend: str, timeout_s: float) -> None:
+    """Meet the other ranks, form the process group, and see that a sum comes out right."""
+    places: list[selftest.Place] = []
     try:
+        store = selftest.connect(rank, size, timeout_s)
+        places = selftest.check_in(store, rank, size, selftest.find_place(device, backend), timeout_s)
+        if rank == 0:
+            selftest.check_routes(places, backend)
         dist.init_process_group(
             backend,
-            timeout=timedelta(seconds=config.timeout_s),
-            device_id=torch_device if torch_device.type == "cuda" else None,
+            store=dist.PrefixStore("default", store),
+            rank=rank,
+            world_size=size,
+            timeout=timedelta(seconds=timeout_s),
+            device_id=device if device.type == "cuda" else None,
         )
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"rank {rank} of {size} could not join the process group ({backend}, "
             f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}): {error}"
         ) from error
-    collectives.set_timeout(timedelta(seconds=config.timeout_s))
-    return World(rank, size, local_rank, torch_device, backend)
+    seconds = selftest.first_sum(store, rank, size, device, timeout_s)
+    if rank == 0:
+        print(selftest.summary(places, backend, seconds), file=sys.stderr, flush=True)
 
 
 def shutdown() -> None:
@@ -112,10 +130,28 @@ _KEEP_MEMORY = {-3: 1 << 30, -1: 2**31 - 1, -2: 1 << 28}
 
 
 def _refuse_silent_copies(size: int) -> None:
-    """`srun -n 8 muonlm train` without torchrun would run eight identical copies on one directory."""
-    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
-    if size == 1 and tasks.isdigit() and int(tasks) > 1:
-        raise UserError(
-            f"Slurm started {tasks} tasks, but WORLD_SIZE is not set: each would be a separate run. "
-            "Start one task per node and let torchrun start the ranks"
-        )
+    """`srun -n 8 muonlm train` without torchrun would run eight identical copies on one directory.
+
+    In a batch script there is no step yet, and one process would use one of the tasks that were asked for.
+    """
+    if size > 1:
+        return
+    for name, launcher in _TASK_COUNTS.items():
+        tasks = os.environ.get(name, "")
+        if tasks.isdigit() and int(tasks) > 1:
+            raise UserError(
+                f"{launcher} has {tasks} tasks here ({name}), but WORLD_SIZE is not set: each would be a separate run "
+                "in one directory, or one of them would do all the work. Start one task per node and let torchrun "
+                f"start the ranks, as `muonlm submit --to slurm` does; for one process on purpose: env -u {name}"
+            )
+        if tasks.isdigit() and name == "SLURM_STEP_NUM_TASKS":
+            return  # a step of one task, in a job of any number of them
+
+
+# What says how many tasks a launcher has started, or would: the step before the job that it is part of.
+_TASK_COUNTS = {
+    "SLURM_STEP_NUM_TASKS": "Slurm",
+    "SLURM_NTASKS": "Slurm",
+    "OMPI_COMM_WORLD_SIZE": "mpirun",
+    "PMI_SIZE": "mpirun",
+}

@@ -12,10 +12,12 @@ from muonlm.config.errors import UserError
 from muonlm.config.schema import DistConfig
 from muonlm.dist import process
 
+COUNTS = ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+
 
 @pytest.fixture(autouse=True)
 def _no_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_STEP_NUM_TASKS"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", *COUNTS):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -36,10 +38,17 @@ def test_ranks_join_over_gloo(run_ranks) -> None:
     assert run_ranks(join, 3, join=False) == [(0, 6, "gloo"), (1, 6, "gloo"), (2, 6, "gloo")]
 
 
-def test_silent_copies_under_slurm_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
-    with pytest.raises(UserError, match="Slurm started 8 tasks, but WORLD_SIZE is not set"):
+@pytest.mark.parametrize("name", COUNTS)
+def test_silent_copies_are_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "8")
+    with pytest.raises(UserError, match=f"has 8 tasks here .{name}., but WORLD_SIZE is not set"):
         process.start(DistConfig(), "cpu")
+
+
+def test_one_task_of_a_larger_job_is_no_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_NTASKS", "8")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    assert process.start(DistConfig(), "cpu").size == 1
 
 
 def test_broken_environment_and_impossible_devices(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ ROWS = [
     {"dist", "track"},
     {"optim", "model", "data"},
     {"checkpoint", "plan", "bridge"},
-    {"train"},
+    {"launch", "train"},
     {"compare", "study", "bench"},
     {"report"},
     {"cli"},
