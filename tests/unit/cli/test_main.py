@@ -19,7 +19,7 @@ from muonlm.config.load import load_compare, load_prepare, load_train
 from muonlm.config.schema import TrainConfig
 
 ROOT = Path(muonlm.__file__).resolve().parent.parent
-COMMANDS = ("train", "plan", "data", "compare", "report", "study", "bench", "doctor")
+COMMANDS = ("train", "plan", "submit", "data", "compare", "report", "study", "bench", "export", "import", "doctor")
 NESTED = [["data", "prepare"], ["data", "describe"], ["data", "verify"], ["study", "spectra"]]
 
 
