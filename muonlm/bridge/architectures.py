@@ -138,7 +138,7 @@ def read_hf_config(directory: str | Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}; download or export it again") from error
     kind = content.get("model_type") if isinstance(content, dict) else None
-    if kind not in ARCHITECTURES:
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
         raise UserError(
             f"{path}: model_type is {kind!r}; models that can be read are {', '.join(ARCHITECTURES)}: those whose "
             "mathematics muonlm has"
@@ -152,20 +152,22 @@ def from_hf_config(hf: Mapping[str, Any], origin: str | Path) -> GPTConfig:
     Raises UserError for a missing key, and for every value whose mathematics this package does not have.
     """
     kind = hf["model_type"]
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    if problems := _not_understood(hf, rope):
-        raise UserError(
-            f"{origin}: this {ARCHITECTURES[kind]} computes what muonlm does not:\n  " + "\n  ".join(problems)
-        )
     try:
+        # Where both are given, transformers takes the scaling.
+        rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+        if problems := _not_understood(hf, rope):
+            raise UserError(
+                f"{origin}: this {ARCHITECTURES[kind]} computes what muonlm does not:\n  " + "\n  ".join(problems)
+            )
+        rope = {**(hf.get("rope_parameters") or {}), **rope}
         heads, size = hf["num_attention_heads"], hf["hidden_size"]
         table: dict[str, Any] = {
-            "vocab_size": hf["vocab_size"],
+            "vocab_size": int(hf["vocab_size"]),
             "num_layers": hf["num_hidden_layers"],
             "hidden_size": size,
             "intermediate_size": hf["intermediate_size"],
             "num_heads": heads,
-            "num_kv_heads": hf["num_key_value_heads"],
+            "num_kv_heads": int(hf["num_key_value_heads"]),
             # What the architectures take where config.json does not say it.
             "head_dim": hf.get("head_dim") or (128 if kind == "qwen3" else size // heads),
             "rope_theta": rope.get("rope_theta", hf.get("rope_theta", 10_000.0)),
@@ -180,6 +182,11 @@ def from_hf_config(hf: Mapping[str, Any], origin: str | Path) -> GPTConfig:
         return MoEConfig(kind="moe", **table, **_experts_of(hf, kind))
     except KeyError as error:
         raise UserError(f"{origin}: config.json has no {error.args[0]!r}; download or export the model again") from None
+    except (TypeError, AttributeError, ArithmeticError) as error:
+        raise UserError(
+            f"{origin}: a value in config.json has another type than it should ({error}); download or export the model "
+            "again"
+        ) from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
@@ -222,6 +229,10 @@ def _not_understood(hf: Mapping[str, Any], rope: Mapping[str, Any]) -> list[str]
         ("decoder_sparse_step", hf.get("decoder_sparse_step", 1) != 1, "all layers after the dense ones have experts"),
         ("mlp_only_layers", dense_layers != list(range(len(dense_layers))), "dense layers come first here"),
         ("use_qk_norm", glm and not hf.get("use_qk_norm", False), "queries and keys are normalised here"),
+        ("scoring_func", hf.get("scoring_func") not in (None, "sigmoid" if glm else "softmax"), "another router"),
+        ("final_logit_softcapping", bool(hf.get("final_logit_softcapping")), "logits are not capped there"),
+        ("quantization_config", bool(hf.get("quantization_config")), "weights are read as they are"),
+        ("layer_types", set(hf.get("layer_types") or ()) - {"full_attention"}, "attention reaches the whole context"),
         ("n_group", hf.get("n_group", 1) != 1, "experts are chosen among all, not within groups"),
     ]
     problems = [f"{key} = {json.dumps(hf.get(key))}: {reason}" for key, is_wrong, reason in wrong if is_wrong]

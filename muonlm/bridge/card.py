@@ -70,7 +70,7 @@ A language model pretrained with muonlm: step {recorded.step:,} of {config.num_s
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("DIRECTORY")
-model = AutoModelForCausalLM.from_pretrained("DIRECTORY")
+model = AutoModelForCausalLM.from_pretrained("DIRECTORY"{_loading_options(config)})
 inputs = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))
 ```
@@ -78,6 +78,13 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))
 The model was trained on sequences of {config.data.seq_len:,} tokens, and continues text; it was not taught to follow
 instructions.
 """
+
+
+def _loading_options(config: TrainConfig) -> str:
+    """What `from_pretrained` needs besides: grouped products, its default for experts, take rows of whole 16 bytes."""
+    model = config.model
+    is_odd = isinstance(model, MoEConfig) and (model.hidden_size % 8 or model.expert_size % 8)
+    return ', experts_implementation="eager"' if is_odd else ""
 
 
 def _model_rows(config: TrainConfig, hf: Mapping[str, Any], dtype: str) -> list[Row]:

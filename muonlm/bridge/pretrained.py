@@ -35,6 +35,7 @@ _OF_EXPERTS = (
 )  # fmt: skip
 # Some old files hold the table of rotary frequencies, which follows from the configuration.
 _IGNORED = re.compile(r"rotary_emb\.inv_freq$")
+_FLOATS = ("F64", "F32", "F16", "BF16")
 _log = logging.getLogger(__name__)
 
 
@@ -102,7 +103,9 @@ class _Files:
         index = directory / INDEX_NAME
         if index.is_file():
             try:
-                self._file_of: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+                self._file_of: dict[str, str] = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+                if wrong := [name for name in self._file_of.values() if not isinstance(name, str)]:
+                    raise ValueError(f"{wrong[0]!r} is no name of a file")
             except (ValueError, LookupError, TypeError) as error:
                 raise UserError(f"{index} is damaged: {error!r}; download or export the model again") from error
         elif (directory / "model.safetensors").is_file():
@@ -120,7 +123,10 @@ class _Files:
         ]
         for name, tensor in wanted.items():
             if name in self._file_of and tensor.is_stored:
-                shape = tuple(self._slice(name).get_shape())
+                stored = self._slice(name)
+                shape, dtype = tuple(stored.get_shape()), stored.get_dtype()
+                if dtype not in _FLOATS:
+                    problems.append(f"{name} is {dtype}; {', '.join(_FLOATS)} are read")
                 if shape != tensor.disk_shape:
                     problems.append(f"{name} has shape {list(shape)}, the model {list(tensor.disk_shape)}")
         if problems:
@@ -136,7 +142,13 @@ class _Files:
         return part
 
     def _slice(self, name: str) -> Any:
-        return self._file(self._file_of[name]).get_slice(name)
+        try:
+            return self._file(self._file_of[name]).get_slice(name)
+        except SafetensorError as error:
+            raise UserError(
+                f"{self._directory / self._file_of[name]}: {error}, which {INDEX_NAME} says is there; download or "
+                "export the model again"
+            ) from error
 
     def _file(self, name: str) -> Any:
         if name not in self._open:

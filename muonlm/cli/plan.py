@@ -98,13 +98,23 @@ def _machines(args: argparse.Namespace) -> tuple[int, Machines]:
 
 
 def find_vocab_size(config: TrainConfig, given: int | None) -> int:
-    """From the option, else the config, else the prepared data, else the data config that would prepare them."""
-    if found := given or config.model.vocab_size:
-        return found
+    """From the config, else the prepared data, else the option, else the data config that would prepare them.
+
+    Raises UserError where the config has fewer token ids than the data, as `muonlm train` does.
+    """
     from muonlm.data.manifest import MANIFEST_NAME, read_manifest
 
+    wanted = config.model.vocab_size
     if (Path(config.data.path) / MANIFEST_NAME).is_file():
-        return read_manifest(Path(config.data.path)).vocab_size
+        of_data = read_manifest(Path(config.data.path)).vocab_size
+        if wanted is not None and wanted < of_data:
+            raise UserError(
+                f"model.vocab_size {wanted} is less than the {of_data} token ids of {config.data.path}; leave "
+                "model.vocab_size unset, or prepare the data with a smaller vocabulary"
+            )
+        return wanted or of_data
+    if found := wanted or given:
+        return found
     if config.data.prepare:
         from muonlm.config.load import load_prepare
 
@@ -115,21 +125,24 @@ def find_vocab_size(config: TrainConfig, given: int | None) -> int:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
+    if not text.isdigit() or not 1 <= int(text) <= 10**9:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 to 10^9")
+    return int(text)
 
 
 def _number(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise ValueError
-    return value
+    return _between(text, 1e-3, 1e9)
 
 
 def _share(text: str) -> float:
-    value = float(text)
-    if not 0 < value <= 1:
-        raise ValueError
+    return _between(text, 1e-6, 1)
+
+
+def _between(text: str, least: float, most: float) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not least <= value <= most:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from {least:g} to {most:g}")
     return value

@@ -40,7 +40,7 @@ class GPTConfig(Section):
     )
     gated: bool = field(True, "Whether a second projection multiplies the activation (SwiGLU).")
     logit_softcap: float | None = field(
-        None, "Bounds the logits to +-c by c * tanh(logits / c) (arXiv:2408.00118); off when unset.", gt=0
+        None, "Bounds the logits to +-c by c * tanh(logits / c) (arXiv:2408.00118); off when unset.", ge=1e-3
     )
     document_masking: bool = field(
         False, "Attend within a document only: the data's document separator starts the next one."
@@ -118,13 +118,13 @@ class MoEConfig(GPTConfig):
         "sigmoid", "Scores of the experts: each by itself (DeepSeek-V3, arXiv:2412.19437), or a distribution over all."
     )
     normalize_weights: bool = field(True, "Whether the weights of a token's experts are divided by their sum.")
-    routed_scale: float = field(1.0, "Factor on the sum of the routed experts.", gt=0)
+    routed_scale: float = field(1.0, "Factor on the sum of the routed experts.", gt=0, le=1e4)
     balance: Literal["bias", "loss", "none"] = field(
         "bias",
         "Even loads: bias is added to the scores for the choice alone and moves after each step (arXiv:2408.15664); "
         "loss adds an auxiliary loss (arXiv:2101.03961).",
     )
-    bias_rate: float = field(1e-3, "Change of an expert's bias in a step (balance = bias).", ge=0)
+    bias_rate: float = field(1e-3, "Change of an expert's bias in a step (balance = bias).", ge=0, le=1)
     balance_coefficient: float = field(1e-2, "Weight of the auxiliary loss of each layer (balance = loss).", ge=0)
     experts: Literal["auto", "grouped", "loop", "reference"] = field(
         "auto",
@@ -140,6 +140,11 @@ class MoEConfig(GPTConfig):
             raise ValueError(
                 f"num_dense_layers {self.num_dense_layers} leaves none of the {self.num_layers} layers with experts; "
                 'lower it, or take kind = "gpt"'
+            )
+        if self.experts == "grouped" and (self.hidden_size % 8 or self.expert_size % 8):
+            raise ValueError(
+                f'experts = "grouped" needs hidden_size {self.hidden_size} and expert_size {self.expert_size} to be '
+                'multiples of 8; leave it "auto"'
             )
         if self.balance == "bias" and self.router == "softmax":
             raise ValueError('balance = "bias" needs router = "sigmoid"; take balance = "loss" with softmax')

@@ -240,6 +240,11 @@ class TrainConfig(Section):
                 f"dist.tensor_parallel {size} does not divide {' and '.join(undivided)}; "
                 f"what does: {', '.join(fitting)}"
             )
+        if isinstance(self.model, MoEConfig) and self.model.experts == "grouped" and self.model.expert_size // size % 8:
+            raise ValueError(
+                f'model.experts = "grouped" needs model.expert_size {self.model.expert_size} / dist.tensor_parallel '
+                f'{size} to be a multiple of 8; leave it "auto"'
+            )
         return self
 
     @property

@@ -155,7 +155,9 @@ class RoutedExperts(nn.Module):
         if self.config.attention == "math":
             kind = "reference"  # the others cannot be differentiated twice
         elif kind == "auto":
-            kind = "grouped" if x_SD.is_cuda and torch.is_autocast_enabled("cuda") else "loop"
+            # Grouped products take 16 bits, and rows of whole 16 bytes.
+            fits = all(size % 8 == 0 for size in local(self.down_proj).shape[1:])
+            kind = "grouped" if fits and x_SD.is_cuda and torch.is_autocast_enabled("cuda") else "loop"
         return _IMPLEMENTATIONS[kind]
 
 

@@ -12,7 +12,7 @@ import torch
 from muonlm.data.loader import batch
 from muonlm.dist import collectives
 from muonlm.dist.wrap import without_gradient_sync
-from muonlm.model.moe import Balance, settle_loads
+from muonlm.model.moe import Balance, forget_loads, settle_loads
 from muonlm.optim.gradients import GradNorms, NonFiniteGradient
 from muonlm.optim.measure import UpdateNorms
 from muonlm.optim.schedules import lr_multiplier, set_learning_rates
@@ -78,20 +78,22 @@ def take_step(parts: Parts, step: int, sequences: int, *, measure: bool, stop: b
             _wait(parts)
         optimizer_s = time.perf_counter() - update_begin
     optimizer.zero_grad(set_to_none=True)
-    balance = settle_loads(parts.model, measure=measure)
+    is_skipped = grads.is_skipped or math.isnan(mean_loss)
+    if is_skipped:
+        forget_loads(parts.model)
+    balance = None if is_skipped else settle_loads(parts.model, measure=measure)
     if updates is not None and not all(map(math.isfinite, updates.by_group.values())):
         raise Diverged(f"step {step + 1}: the norm of the update overflows ({updates.by_group}); {_LOWER}")
-    is_skipped = grads.is_skipped or math.isnan(mean_loss)
     seconds = before_update + optimizer_s
     return StepResult(mean_loss, stop, grads, updates, seconds, optimizer_s, is_skipped, balance)
 
 
 def check_finite(parts: Parts, step: int, when: str = f"after the update; {_LOWER}") -> None:
-    """Raise Diverged, on all ranks, when a parameter is not finite after `step` updates: before it is saved.
+    """Raise Diverged, on all ranks, when a parameter or buffer is not finite after `step` updates: before it is saved.
 
     One all_reduce of one integer.
     """
-    values = [value for shard in _shards(parts).values() if (value := shard.local()).numel()]
+    values = [value for value in _values(parts).values() if value.numel()]
     is_finite = not values or bool(torch.isfinite(torch.stack(torch._foreach_norm(values, math.inf))).all())
     if collectives.any_rank(not is_finite):
         raise Diverged(f"step {step}: {_first_non_finite(parts)} is not finite {when}")
@@ -152,6 +154,12 @@ def _shards(parts: Parts) -> dict[str, Shard]:
     return {name: by_name[name] for name, _ in parts.model.named_parameters()}
 
 
+def _values(parts: Parts) -> dict[str, torch.Tensor]:
+    """What this rank holds of each parameter and buffer, in the order of the model."""
+    shards = {name: shard.local() for name, shard in _shards(parts).items()}
+    return shards | {name: buffer for name, buffer in parts.model.named_buffers() if buffer.is_floating_point()}
+
+
 def _first_non_finite(parts: Parts) -> str | None:
     """The first parameter that is not finite on any rank, else the first whose (averaged) gradient is not.
 
@@ -163,11 +171,10 @@ def _first_non_finite(parts: Parts) -> str | None:
 
 def _non_finite_here(parts: Parts) -> tuple[bool, int, str] | None:
     """The first such parameter of this rank, after whether it is only its gradient, and its place in the model."""
-    shards = _shards(parts)
-    for index, (name, shard) in enumerate(shards.items()):
-        if not bool(torch.isfinite(shard.local()).all()):
+    for index, (name, value) in enumerate(_values(parts).items()):
+        if not bool(torch.isfinite(value).all()):
             return False, index, name
-    for index, (name, shard) in enumerate(shards.items()):
+    for index, (name, shard) in enumerate(_shards(parts).items()):
         if (grad := shard.grad()) is not None and not math.isfinite(float(grad.norm())):
             return True, index, name
     return None

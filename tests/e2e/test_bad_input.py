@@ -228,6 +228,12 @@ MOE = ["model.kind=moe", "model.num_experts=6", "model.experts_per_token=2"]
         ([*MOE, "dist.expert_parallel=2"], ["expert_parallel 2 needs zero = 3"]),
         (["dist.zero=3", "dist.expert_parallel=2"], ['needs a model with experts: model.kind = "moe"']),
         ([*MOE, "model.expert_size=30", "dist.tensor_parallel=4"], ["model.expert_size 30", "what does: 1, 2"]),
+        ([*MOE, "model.expert_size=12", "model.experts=grouped"], ["expert_size 12 to be multiples of 8"]),
+        (
+            [*MOE, "model.experts=grouped", "model.expert_size=24", "dist.tensor_parallel=2"],
+            ["24 / dist.tensor_parallel"],
+        ),
+        (["model.logit_softcap=1e-30"], ["logit_softcap"]),
         (["model.num_experts=4"], ["num_experts"]),
         (["model.vocab_size=300"], ["model.vocab_size 300 is less than the 512 token ids"]),
     ],

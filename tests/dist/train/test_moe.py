@@ -14,7 +14,7 @@ from muonlm.dist import collectives, process
 from muonlm.model import moe, tokens
 from muonlm.track.metrics import read_metrics
 from muonlm.train.setup import build
-from muonlm.train.step import take_step
+from muonlm.train.step import Diverged, check_finite, take_step
 
 NUM_STEPS = 30
 MOE: dict[str, Any] = {
@@ -160,6 +160,35 @@ def test_a_run_goes_on_with_its_experts_spread_in_another_way(make_config, train
     records = [[r for r in read_metrics(c.resolved_run_dir) if r["kind"] == "train"] for c in runs]
     assert [r["loss"] for r in records[1]] == pytest.approx([r["loss"] for r in records[0]], abs=1e-5)
     assert [r["experts"] for r in records[1]] == [pytest.approx(r["experts"], rel=1e-5) for r in records[0]]
+
+
+def test_a_skipped_step_moves_no_bias(make_config, run_ranks) -> None:
+    model = {**MOE["model"], "init_std": 1e30}
+    config = make_config(**{**MOE, "model": model, "optim.non_finite": "skip", "loop.batch_size": 12})
+
+    def one_rank(rank: int, size: int) -> tuple[bool, Any]:
+        parts = build(config, process.start(config.dist, "cpu"), {})
+        result = take_step(parts, 0, 0, measure=True, stop=False)
+        return result.is_skipped, [float(b.abs().sum()) for b in parts.model.buffers()]
+
+    [(is_skipped, biases)] = run_ranks(one_rank, 1, join=False)
+    assert is_skipped
+    assert biases == [0.0, 0.0]
+
+
+def test_a_bias_that_is_not_finite_is_found(make_config, run_ranks) -> None:
+    def one_rank(rank: int, size: int) -> str:
+        config = make_config(**MOE, **{"loop.batch_size": 12}, dist={"zero": 3})
+        parts = build(config, process.start(config.dist, "cpu"), {})
+        parts.model.model.layers[2].mlp.gate.e_score_correction_bias[1] = float("nan")
+        with pytest.raises(Diverged) as caught:
+            check_finite(parts, 0, "as loaded from there")
+        return str(caught.value)
+
+    messages = run_ranks(one_rank, 2, join=False)
+    assert set(messages) == {
+        "step 0: model.layers.2.mlp.gate.e_score_correction_bias is not finite as loaded from there"
+    }
 
 
 @pytest.mark.slow

@@ -76,7 +76,7 @@ def test_grouped_products_have_the_values_and_gradients_of_the_reference(dtype: 
     "changes",
     [
         {},
-        {"experts": "grouped", "attention": "sdpa"},
+        {"experts": "grouped", "attention": "sdpa", "expert_size": 16},
         {"attention": "math"},
         {"balance": "loss", "router": "softmax", "num_shared_experts": 0},
         {"gated": False, "activation": "relu2", "normalize_weights": False, "routed_scale": 2.5},
