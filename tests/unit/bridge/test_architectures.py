@@ -70,6 +70,11 @@ def test_what_no_architecture_expresses_is_named(table: dict[str, Any], named: l
         ({}, {"use_sliding_window": True}, "use_sliding_window"),
         ({}, {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}}, "rope_parameters"),
         ({}, {"rope_parameters": None, "rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_parameters"),
+        ({}, {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
+        ({}, {"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
+        ({}, {"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+        ({}, {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ({"kind": "moe"}, {"scoring_func": "softmax"}, "scoring_func"),
         ({"kind": "moe"}, {"use_qk_norm": False}, "use_qk_norm"),
         ({"kind": "moe"}, {"n_group": 2}, "n_group"),
         ({"kind": "moe"}, {"partial_rotary_factor": 0.5, "rope_parameters": None}, "partial_rotary_factor"),
@@ -84,6 +89,24 @@ def test_what_is_not_computed_here_is_named(table: dict[str, Any], change: dict[
     hf = to_hf_config(model(table), 100) | change
     with pytest.raises(UserError, match=named):
         from_hf_config(hf, "here")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rope_parameters": "default"},
+        {"vocab_size": None},
+        {"num_key_value_heads": None},
+        {"num_attention_heads": 0, "head_dim": None},
+        {"num_attention_heads": "4", "head_dim": None},
+        {"mlp_only_layers": 3},
+        {"hidden_size": []},
+    ],
+)
+@pytest.mark.parametrize("kind", ["gpt", "moe"])
+def test_values_of_another_type_are_refused(kind: str, change: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"config\.json"):
+        from_hf_config(to_hf_config(model({"kind": kind}), 100) | change, "here")
 
 
 def test_configuration_of_the_hub_is_read() -> None:
@@ -104,6 +127,9 @@ def test_configuration_of_the_hub_is_read() -> None:
 
 def test_directories_without_a_known_model(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has no config\.json"):
+        read_hf_config(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": ["qwen3"]}')
+    with pytest.raises(UserError, match="model_type is"):
         read_hf_config(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(UserError, match="'llama'"):

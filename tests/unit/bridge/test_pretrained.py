@@ -125,7 +125,7 @@ def test_another_model_is_refused(change: dict[str, Any], message: str, export: 
     assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in before.items())
 
 
-@pytest.mark.parametrize("kind", ["missing", "unknown", "shape"])
+@pytest.mark.parametrize("kind", ["missing", "unknown", "shape", "integers"])
 def test_weights_of_another_model_are_refused(kind: str, export: Export) -> None:
     model, directory = export(DENSE)
     tensors = load_file(directory / "model.safetensors")
@@ -134,11 +134,33 @@ def test_weights_of_another_model_are_refused(kind: str, export: Export) -> None
         del tensors[name]
     elif kind == "unknown":
         tensors["model.layers.1.mlp.up_proj.weight_scale_inv"] = torch.ones(1)  # quantized weights come with these
+    elif kind == "integers":
+        tensors[name] = tensors[name].to(torch.int8)
     else:
         tensors[name] = tensors[name].T.contiguous()
     save_file(tensors, directory / "model.safetensors")
-    words = {"missing": "is missing", "unknown": "_scale_inv is not known", "shape": r"has shape \[32, 48\]"}
+    words = {
+        "missing": "is missing",
+        "unknown": "_scale_inv is not known",
+        "shape": r"has shape \[32, 48\]",
+        "integers": "is I8",
+    }
     with pytest.raises(UserError, match=words[kind]):
+        load_pretrained(build_model(model.config, model.vocab_size, seed=99), directory)
+
+
+def _lie(weights: dict[str, Any]) -> dict[str, Any]:
+    """Every tensor said to be in the file that is none's but one's."""
+    return dict.fromkeys(weights, sorted(weights.values())[-1])
+
+
+@pytest.mark.parametrize("damage", [_lie, list, lambda weights: dict.fromkeys(weights, 7), lambda weights: None])
+def test_broken_indexes_are_refused(damage: Any, export: Export) -> None:
+    model, directory = export(DENSE, "--shard-size", "50kB")
+    index = directory / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    index.write_text(json.dumps({**content, "weight_map": damage(content["weight_map"])}))
+    with pytest.raises(UserError, match="download or export the model again"):
         load_pretrained(build_model(model.config, model.vocab_size, seed=99), directory)
 
 
