@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from muonlm.config.schema import MoEConfig
 from muonlm.model import experts, moe, tokens
@@ -165,6 +167,16 @@ def test_rows_go_to_experts_and_back() -> None:
     assert torch.allclose(tokens.sum_rows(rows, order, 2), 2 * x)
     assert torch.autograd.gradcheck(lambda x: tokens.repeat_rows(x, order, 2), (x,))
     assert torch.autograd.gradcheck(lambda y: tokens.sum_rows(y, order, 2), (rows.detach().requires_grad_(),))
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_shared_experts": 0, "gated": False, "num_dense_layers": 0}])
+def test_flops_equal_the_counted_ones(changes: dict[str, Any]) -> None:
+    """However rows are spread: no expert takes more, or less, than comes."""
+    config = MoEConfig(**{**SHAPE, **changes}, experts="reference", attention="sdpa")
+    model = build_model(config, 61, 0)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(ids(2, 19), ids(2, 19)).backward()
+    assert counter.get_total_flops() == 2 * 19 * flops_per_token(config, 61, 19)
 
 
 def test_counts_equal_the_model() -> None:
