@@ -17,7 +17,7 @@ def add(commands: Any) -> None:
     export = commands.add_parser(
         "export",
         help="write a run's model for transformers and what reads its format",
-        description="Write the model of a checkpoint as safetensors with configuration, tokenizer and model card. "
+        description="Write the model of a checkpoint as safetensors with configuration, tokenizer and model card.\n"
         "See docs/exporting.md.",
     )
     export.add_argument("source", metavar="RUN", help="run directory, or a checkpoint in it")
@@ -32,8 +32,8 @@ def add(commands: Any) -> None:
     to_config = commands.add_parser(
         "import",
         help="the config keys that continue the pretraining of a model",
-        description="Print `init_from` and the [model] table for a model in the format of transformers (Qwen3, "
-        "Qwen3-MoE, GLM-4-MoE), as TOML. See docs/exporting.md.",
+        description="Print `init_from` and the [model] table for a model in the format of transformers\n"
+        "(Qwen3, Qwen3-MoE, GLM-4-MoE), as TOML. See docs/exporting.md.",
     )
     to_config.add_argument("directory", metavar="DIR", help="directory with config.json and safetensors files")
     to_config.add_argument("--out", metavar="FILE", help="write a config file instead of printing it")

@@ -23,8 +23,8 @@ def add(commands: Any) -> None:
         keys_of="train",
         help="start a run on several processes: torchrun, Slurm or Kubernetes",
         description=(
-            "Check a config for the machines that are asked for, write the script that trains it there, and submit\n"
-            "it. Details and troubleshooting: docs/multi-node.md, docs/slurm.md."
+            "Check a config for the machines that are asked for, write the script that trains it there, and\n"
+            "submit it. Details and troubleshooting: docs/multi-node.md, docs/slurm.md."
         ),
     )
     add_config(parser, "train", dry_run=False)

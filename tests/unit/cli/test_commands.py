@@ -158,7 +158,7 @@ def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert "loop.batch_size 8 is not divisible by 3 ranks" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["plan", "smoke", "--world-size", "0"])
-    assert "--world-size: invalid" in capsys.readouterr().err
+    assert "--world-size: '0' is no whole number" in capsys.readouterr().err
 
 
 def test_plan_finds_the_vocabulary(stdlib_data: Path, tmp_path: Path) -> None:

@@ -104,6 +104,9 @@ def test_every_command_says_what_runs_it() -> None:
     examples = {
         "train": ["x"],
         "plan": ["x"],
+        "submit": ["--to", "slurm", "x"],
+        "export": ["x", "y"],
+        "import": ["x"],
         "data": ["describe", "x"],
         "compare": ["x"],
         "report": ["x"],
