@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -78,16 +79,20 @@ def bench_moe(config: MoEConfig, *, tokens: int, rounds: int, device: torch.devi
     calls: dict[str, Callable[[], list[Tensor]]] = {}
     results: dict[str, list[Tensor]] = {}
     failed: dict[str, str] = {}
+    first: dict[str, float] = {}
     for name, layer in layers.items():
         call = partial(_pass, layer, x_BTD, grad_BTD, dtype)
         try:
             results[name] = _pass(layer, x_BTD, grad_BTD, torch.float32)
+            begin = time.perf_counter()
             call()
+            first[name] = time.perf_counter() - begin
         except (RuntimeError, MemoryError) as error:  # batched_mm copies an expert for every token
             failed[name] = str(error).splitlines()[0]
         else:
             calls[name] = call
-    seconds = interleaved(calls, timer_for(device), rounds=rounds)
+    slow = [name for name, duration in first.items() if duration > _SLOW * first[OURS]]
+    seconds = interleaved(calls, timer_for(device), rounds=rounds, once=slow)
     return {
         "shape": {key: getattr(config, key) for key in _SHAPE} | {"tokens": tokens},
         "dtype": str(dtype).removeprefix("torch."),
@@ -98,6 +103,7 @@ def bench_moe(config: MoEConfig, *, tokens: int, rounds: int, device: torch.devi
     }
 
 
+_SLOW = 20  # times as long as ours: timed once
 _SHAPE = ("hidden_size", "expert_size", "num_experts", "experts_per_token")
 
 
@@ -146,7 +152,7 @@ def show(result: dict[str, Any]) -> None:
     for column in ("contender", "ms", "time / ours", "largest difference"):
         table.add_column(column, justify="left" if column == "contender" else "right")
     for name, values in seconds.items():
-        ratios = [a / b for a, b in zip(values, seconds[OURS], strict=True)]
+        ratios = [a / b for a, b in zip(values, seconds[OURS])]
         low, high, _ = median_interval(ratios)
         ratio = "" if name == OURS else f"{statistics.median(ratios):.2f} ({low:.2f} to {high:.2f})"
         difference = "" if name == OURS else f"{result['differences'][name]:.1e}"

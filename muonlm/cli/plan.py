@@ -98,23 +98,23 @@ def _machines(args: argparse.Namespace) -> tuple[int, Machines]:
 
 
 def find_vocab_size(config: TrainConfig, given: int | None) -> int:
-    """From the config, else the prepared data, else the option, else the data config that would prepare them.
+    """From the config, else the option, else the prepared data, else the data config that would prepare them.
 
-    Raises UserError where the config has fewer token ids than the data, as `muonlm train` does.
+    Raises UserError where that is less than the prepared data have, as `muonlm train` does.
     """
     from muonlm.data.manifest import MANIFEST_NAME, read_manifest
 
-    wanted = config.model.vocab_size
+    wanted = config.model.vocab_size or given
     if (Path(config.data.path) / MANIFEST_NAME).is_file():
         of_data = read_manifest(Path(config.data.path)).vocab_size
         if wanted is not None and wanted < of_data:
             raise UserError(
-                f"model.vocab_size {wanted} is less than the {of_data} token ids of {config.data.path}; leave "
-                "model.vocab_size unset, or prepare the data with a smaller vocabulary"
+                f"a vocabulary of {wanted} is less than the {of_data} token ids of {config.data.path}; leave out "
+                "model.vocab_size and --vocab-size, or prepare the data with a smaller vocabulary"
             )
         return wanted or of_data
-    if found := wanted or given:
-        return found
+    if wanted:
+        return wanted
     if config.data.prepare:
         from muonlm.config.load import load_prepare
 

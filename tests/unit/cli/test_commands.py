@@ -149,7 +149,8 @@ def test_doctor_names_what_is_broken_and_missing(
     assert "Everything" not in printed
 
 
-def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # where no data are prepared
     assert main(["plan", "smoke", "loop.batch_size=12", "--world-size", "3", "--vocab-size", "700"]) == 0
     printed = capsys.readouterr().out
     assert "3 x cpu: 3 replicate, DDP" in printed
