@@ -57,6 +57,6 @@ def test_peak_memory_is_bounded_by_shard_and_stack(make_config: Callable[..., Tr
     )
     assert sum(file.stat().st_size for file in (tmp_path / "hf").glob("*.safetensors")) > num_bytes
     grown = json.loads(result.stdout.splitlines()[-1])
-    # A shard (20 MB), and the stack at hand (12.6 MB) twice, as torch.load reads it and as it is copied: 71 to 92 MB with
-    # what the allocator keeps. With the model it would be 457 MB and more.
+    # A shard (20 MB), and the stack at hand (12.6 MB) twice, as torch.load reads it and as it is copied: 71 to 92 MB
+    # with what the allocator keeps. With the model it would be 457 MB and more.
     assert grown < 150e6, f"{grown / 1e6:.0f} MB"
