@@ -229,6 +229,11 @@ class TrainConfig(Section):
                 f"dist.expert_parallel {size} does not divide model.num_experts {self.model.num_experts}; "
                 f"what does: {', '.join(fitting)}"
             )
+        if size > 1 and self.loop.compile and self.loop.activation_checkpointing == "selective":
+            raise ValueError(
+                'loop.activation_checkpointing "selective" does not work in compiled blocks with expert parallelism '
+                '(torch loses count of what it kept); take "full" or "none", or loop.compile = false'
+            )
         return self
 
     @model_validator(mode="after")

@@ -234,6 +234,13 @@ MOE = ["model.kind=moe", "model.num_experts=6", "model.experts_per_token=2"]
             ["24 / dist.tensor_parallel"],
         ),
         (["model.logit_softcap=1e-30"], ["logit_softcap"]),
+        (
+            [
+                *(*MOE, "dist.zero=3", "dist.expert_parallel=2", "loop.compile=true"),
+                "loop.activation_checkpointing=selective",
+            ],
+            ['take "full" or "none", or loop.compile = false'],
+        ),
         (["model.num_experts=4"], ["num_experts"]),
         (["model.vocab_size=300"], ["model.vocab_size 300 is less than the 512 token ids"]),
     ],
