@@ -239,7 +239,7 @@ MOE = ["model.kind=moe", "model.num_experts=6", "model.experts_per_token=2"]
                 *(*MOE, "dist.zero=3", "dist.expert_parallel=2", "loop.compile=true"),
                 "loop.activation_checkpointing=selective",
             ],
-            ['take "full" or "none", or loop.compile = false'],
+            ['take "full" or "none"'],
         ),
         (["model.num_experts=4"], ["num_experts"]),
         (["model.vocab_size=300"], ["model.vocab_size 300 is less than the 512 token ids"]),
