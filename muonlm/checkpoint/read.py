@@ -11,6 +11,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from muonlm.checkpoint import store
 from muonlm.config.errors import UserError
+from muonlm.dist.quiet import quiet_checkpoints
 
 _MODEL = "model."
 
@@ -41,7 +42,7 @@ def find(run: str | Path, step: int | None = None) -> Path:
 
 
 def _checked(path: Path) -> Path:
-    if problem := store._defect(path, is_read=True):
+    if problem := store.defect(path, is_read=True):
         raise UserError(f"checkpoint {path} is incomplete or damaged: {problem}; take another step")
     return path
 
@@ -56,7 +57,7 @@ class StoredModel:
         self.path = Path(path)
         try:
             stored = dcp.FileSystemReader(self.path).read_metadata().state_dict_metadata
-        except store._UNREADABLE as error:
+        except store.UNREADABLE as error:
             raise UserError(f"checkpoint {path} cannot be read: {error}; take another step") from error
         self._stored = {
             name.removeprefix(_MODEL): entry
@@ -74,8 +75,8 @@ class StoredModel:
         entry = self._stored[name]
         tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
         try:
-            with store._quiet():
+            with quiet_checkpoints():
                 dcp.load({_MODEL + name: tensor}, checkpoint_id=self.path, no_dist=True)
-        except store._UNREADABLE as error:
+        except store.UNREADABLE as error:
             raise UserError(f"checkpoint {self.path}: {name} cannot be read: {error}; take another step") from error
         return tensor

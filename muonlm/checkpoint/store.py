@@ -16,7 +16,6 @@ import logging
 import os
 import pickle
 import shutil
-import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +30,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_mo
 from muonlm.config.errors import UserError
 from muonlm.dist import collectives
 from muonlm.dist.agree import on_main
+from muonlm.dist.quiet import quiet_checkpoints
 from muonlm.optim.muon import Muon
 from muonlm.optim.state import named_state
 
@@ -40,7 +40,7 @@ SCHEMA_VERSION = 1
 _TEMPORARY = ".unfinished_"
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES)
 # What damaged files give, torch's pickled metadata among them.
-_UNREADABLE = (
+UNREADABLE = (
     dcp.api.CheckpointException, OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, ImportError,
     pickle.UnpicklingError,
 )  # fmt: skip
@@ -67,7 +67,7 @@ def save(
     state = _state(model, optimizer)
     with _disk_errors(step, folder):
         on_main(lambda: _make_room(folder, temporary, state))
-        with _quiet():
+        with quiet_checkpoints():
             dcp.save(state, checkpoint_id=temporary, no_dist=not collectives.is_active())
         on_main(lambda: _publish(temporary, target, step, extra))
     on_main(lambda: _retain(folder, keep))
@@ -77,7 +77,7 @@ def save(
 def latest(run_dir: str | Path) -> Path | None:
     """The newest complete checkpoint of a run, or None. Warns of newer ones that are incomplete and ignores them."""
     for path in reversed(_step_dirs(Path(run_dir) / FOLDER)):
-        problem = _defect(path, is_read=True)
+        problem = defect(path, is_read=True)
         if problem is None:
             return path
         _log.warning("checkpoint %s is incomplete or damaged (%s) and ignored", path, problem)
@@ -93,13 +93,13 @@ def load(path: str | Path, model: nn.Module, optimizer: Muon) -> dict[str, Any]:
     path = Path(path)
     state = _state(model, optimizer)
     try:
-        with _quiet():
+        with quiet_checkpoints():
             stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
             # A run may go on with another number of GPUs, or none.
             state["random"] = {name: value for name, value in state["random"].items() if f"random.{name}" in stored}
             dcp.load(state, checkpoint_id=path, no_dist=not collectives.is_active())
         extra: dict[str, Any] = json.loads((path / MARKER).read_text())["extra"]
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise UserError(
             f"checkpoint {path} cannot be loaded: {_reason(error)}. Delete that directory to go on from the one "
             "before it, or start over with --fresh"
@@ -134,7 +134,7 @@ def _make_room(folder: Path, temporary: Path, state: dict[str, Any]) -> None:
     for left_over in folder.glob(_TEMPORARY + "*"):
         shutil.rmtree(left_over)
     temporary.mkdir()
-    with _quiet():
+    with quiet_checkpoints():
         needed = sum(t.size().numel() * t.dtype.itemsize for t in _tensors(state))  # logical tensors: all ranks' parts
     free = shutil.disk_usage(folder).free
     if free < needed * 1.02 + 2**20:
@@ -163,7 +163,7 @@ def _publish(temporary: Path, target: Path, step: int, extra: dict[str, Any]) ->
 
 
 def _retain(folder: Path, keep: int) -> None:
-    complete = [path for path in _step_dirs(folder) if _defect(path) is None]
+    complete = [path for path in _step_dirs(folder) if defect(path) is None]
     for path in set(_step_dirs(folder)) - set(complete[-keep:]):
         _remove(path)
 
@@ -194,7 +194,7 @@ def _marker_checksum(marker: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(marker, sort_keys=True).encode())
 
 
-def _defect(path: Path, *, is_read: bool = False) -> str | None:
+def defect(path: Path, *, is_read: bool = False) -> str | None:
     """Why this directory is no checkpoint, or None; `is_read` compares the content of its files too."""
     try:
         marker = json.loads((path / MARKER).read_text(encoding="utf-8"))
@@ -251,13 +251,3 @@ def _sync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the warning that one process is enough for torch.distributed.checkpoint."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
-        # It is what state that lies whole on owners is given to torch.distributed.checkpoint as.
-        warnings.filterwarnings("ignore", message="Please use DTensor instead", category=FutureWarning)
-        yield

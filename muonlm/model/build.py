@@ -13,6 +13,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from muonlm.config.errors import ConfigError
 from muonlm.config.schema import GPTConfig
 from muonlm.model.gpt import GPT
+from muonlm.model.regions import local
 from muonlm.model.transfer import std_factor
 
 RESIDUAL_OUTPUTS = ("o_proj.weight", "down_proj.weight", "experts.down_proj")
@@ -58,7 +59,7 @@ def materialize(model: GPT, seed: int, device: torch.device) -> None:
     config = model.config
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:
-            _local(parameter).fill_(1.0)
+            local(parameter).fill_(1.0)
             continue
         std = config.init_std * std_factor(config, name)
         if name.endswith(RESIDUAL_OUTPUTS):
@@ -68,27 +69,23 @@ def materialize(model: GPT, seed: int, device: torch.device) -> None:
 
 def _fill(parameter: Tensor, std: float, seed: str) -> None:
     """Draw the chunks, of whole indices of the first dim, that this rank has a part of, and keep that part."""
-    local, shape = _local(parameter), tuple(parameter.shape)
+    part, shape = local(parameter), tuple(parameter.shape)
     start = [0] * len(shape)
     if isinstance(parameter, DTensor):
         size, offset = compute_local_shape_and_global_offset(shape, parameter.device_mesh, parameter.placements)
-        assert tuple(size) == tuple(local.shape), (seed, size, local.shape)
+        assert tuple(size) == tuple(part.shape), (seed, size, part.shape)
         start = list(offset)
-    if local.numel() == 0:
+    if part.numel() == 0:
         return
-    inside = [slice(begin, begin + length) for begin, length in zip(start[1:], local.shape[1:])]
-    begin, end = start[0], start[0] + local.shape[0]
+    inside = [slice(begin, begin + length) for begin, length in zip(start[1:], part.shape[1:])]
+    begin, end = start[0], start[0] + part.shape[0]
     step = max(1, CHUNK_NUMEL // prod(shape[1:]))
     for number in range(begin // step, -(-end // step)):
         low, high = number * step, min((number + 1) * step, shape[0])
         generator = _generator(f"{seed}:{number}" if number else seed)
         chunk = torch.empty(high - low, *shape[1:]).normal_(0.0, std, generator=generator)
         first, last = max(begin, low), min(end, high)
-        local[first - begin : last - begin].copy_(chunk[(slice(first - low, last - low), *inside)])
-
-
-def _local(parameter: Tensor) -> Tensor:
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        part[first - begin : last - begin].copy_(chunk[(slice(first - low, last - low), *inside)])
 
 
 def _generator(seed: str) -> torch.Generator:

@@ -33,10 +33,11 @@ _IMPLEMENTATIONS: dict[str, Implementation] = {
 
 
 class Routing(NamedTuple):
-    """Where tokens go. `aux` is the auxiliary loss where one is asked for, 1 for even loads."""
+    """Where tokens go, with the rows of each expert; `aux` is the auxiliary loss, if there is one, 1 for even loads."""
 
     weights_NK: Tensor
     experts_NK: Tensor
+    counts_E: Tensor
     aux: Tensor | None
 
 
@@ -69,14 +70,13 @@ class TopKRouter(Linear):
             if config.normalize_weights:
                 weights_NK = weights_NK / (weights_NK.sum(-1, keepdim=True) + 1e-20)
             weights_NK = weights_NK * config.routed_scale
-            aux = None
+            counts_E, aux = count_experts(experts_NK, config.num_experts), None
             if self.training and torch.is_grad_enabled():
-                counts_E = count_experts(experts_NK, config.num_experts)
                 shares_NE = scores_NE if config.router == "softmax" else scores_NE / scores_NE.sum(-1, keepdim=True)
                 self._count(counts_E, shares_NE.detach())
                 if config.balance == "loss":
                     aux = auxiliary_loss(counts_E, shares_NE)
-        return Routing(weights_NK, experts_NK, aux)
+        return Routing(weights_NK, experts_NK, counts_E, aux)
 
     @torch.no_grad()
     def _count(self, counts_E: Tensor, shares_NE: Tensor) -> None:
@@ -123,11 +123,10 @@ class RoutedExperts(nn.Module):
         self.up_proj = nn.Parameter(torch.empty(E, F_, D))
         self.down_proj = nn.Parameter(torch.empty(E, D, F_))
 
-    def forward(self, x_ND: Tensor, weights_NK: Tensor, experts_NK: Tensor) -> Tensor:
-        """The weighted sum of each token's experts, (N, D) in the compute dtype."""
-        num_experts, num_copies = self.config.num_experts, experts_NK.size(1)
+    def forward(self, x_ND: Tensor, weights_NK: Tensor, experts_NK: Tensor, counts_E: Tensor) -> Tensor:
+        """The weighted sum of each token's experts, (N, D) in the compute dtype; `counts_E` are rows of each expert."""
+        num_copies = experts_NK.size(1)
         order = tokens.order_by(experts_NK.flatten())
-        counts_E = count_experts(experts_NK, num_experts)
         x_SD = tokens.repeat_rows(x_ND, order, num_copies)
         scale_S = tokens.reorder(weights_NK.flatten(), order)
         run = self._compute if self.group is None else self._compute_elsewhere
@@ -178,7 +177,7 @@ class MoE(nn.Module):
         routing = self.gate(x_ND)
         # Each rank of `group` has a part of the gradient of the weights, as it has of that of the tokens.
         weights = enter(routing.weights_NK, self.group)
-        out = self.experts(enter(x_ND, self.group), weights, routing.experts_NK)
+        out = self.experts(enter(x_ND, self.group), weights, routing.experts_NK, routing.counts_E)
         out = leave(out, self.group, keep=self.keep_products).view_as(x_BTD)
         if self.shared_experts is not None:
             out = out + self.shared_experts(x_BTD)

@@ -7,9 +7,6 @@ logical tensors, under the names of muonlm's own checkpoints: `model.<parameter>
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +16,7 @@ from muonlm.bridge.deepspeed.optimizer import DeepSpeedMuon
 from muonlm.bridge.deepspeed.partitions import refresh
 from muonlm.config.errors import UserError
 from muonlm.dist import collectives
+from muonlm.dist.quiet import quiet_checkpoints
 
 
 def save_checkpoint(engine: Any, path: str | Path) -> None:
@@ -28,7 +26,7 @@ def save_checkpoint(engine: Any, path: str | Path) -> None:
     Collectives: those of dcp.save. Raises UserError for frozen parameters in stage 3, and where `bind` was not called.
     """
     state = _state(engine, _optimizer(engine))
-    with _quiet():
+    with quiet_checkpoints():
         dcp.save(state, checkpoint_id=Path(path), no_dist=not collectives.is_active())
 
 
@@ -42,7 +40,7 @@ def load_checkpoint(engine: Any, path: str | Path) -> None:
     optimizer = _optimizer(engine)
     state = _state(engine, optimizer)
     try:
-        with _quiet():
+        with quiet_checkpoints():
             stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
             names = {name.removeprefix("model.") for name in stored if name.startswith("model.")}
             if different := names ^ set(state["model"]):
@@ -85,12 +83,3 @@ def _state(engine: Any, optimizer: DeepSpeedMuon) -> dict[str, Any]:
             "or stage 1 or 2"
         )
     return {"model": model | {name: param.data for name, param in frozen.items()}, "optimizer": state}
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without torch's warnings of its own ShardedTensor, and of saving on one process."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
-        warnings.filterwarnings("ignore", message="Please use DTensor instead", category=FutureWarning)
-        yield
