@@ -5,10 +5,8 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import logging
 import statistics
 import time
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from torch import Tensor
 
 from muonlm.bench.launch import num_ranks, on_ranks
 from muonlm.bench.wire import WireCounter
+from muonlm.bridge.deepspeed.training import import_deepspeed
 from muonlm.config.errors import UserError
 from muonlm.config.schema import GPTConfig
 from muonlm.dist import collectives
@@ -81,7 +80,7 @@ def main(argv: list[str]) -> int:
         *(tuple(map(int, args.stages.split(","))), args.steps, args.clip, args.accumulate, args.hidden_size),
         *(args.layers, args.batch, args.seq_len, args.lr, args.method, args.compiled, args.device),
     )
-    _import()
+    _import(args.device)
     result = on_ranks(measure, settings, ranks, args.device, args.threads)
     if result is not None:
         show(result)
@@ -114,15 +113,9 @@ def measure(world: World, settings: Settings) -> dict[str, Any]:
     return {"settings": about, "ranks": world.size, "machine": machine(world.device), "stages": stages}
 
 
-def _import() -> None:
-    """Before ranks are forked; without the operation that DeepSpeed would compile for shared memory, for 30 s."""
-    try:
-        ops = importlib.import_module("deepspeed.ops")
-    except ImportError as error:
-        raise UserError("muonlm bench deepspeed needs DeepSpeed: pip install 'muonlm[deepspeed]'") from error
-    ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning)
+def _import(device: str) -> None:
+    """Before ranks are forked."""
+    import_deepspeed(torch.device(device))
     for module in ("deepspeed.runtime.zero.stage3", "deepspeed.runtime.zero.stage_1_and_2", "torch._dynamo"):
         importlib.import_module(module)
 

@@ -20,7 +20,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -47,24 +47,54 @@ UNREADABLE = (
 _log = logging.getLogger(__name__)
 
 
-def save(
-    run_dir: str | Path,
-    step: int,
-    model: nn.Module,
-    optimizer: Muon,
-    extra: dict[str, Any],
-    keep: int,
-) -> Path:
+class Contents(Protocol):
+    """Model and optimizer as a checkpoint holds them. `device` is where the model computes."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+
+    def named(self) -> dict[str, Any]:
+        """{"model": {name: tensor}, "optimizer": {parameter: {key: tensor}}}: what is saved, and loaded in place."""
+
+    def loaded(self, tensors: dict[str, Any]) -> None:
+        """Called when those tensors have been loaded."""
+
+
+class ModelAndOptimizer:
+    """`Contents` of a model that may be wrapped in DistributedDataParallel, or sharded by FSDP2 and tensor parallelism.
+
+    Names are those of the model without any wrapper.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Muon) -> None:
+        self._model, self._optimizer = model, optimizer
+
+    @property
+    def device(self) -> torch.device:
+        """That of the parameters."""
+        return next(self._model.parameters()).device
+
+    def named(self) -> dict[str, Any]:
+        """The tensors themselves."""
+        return {"model": get_model_state_dict(self._model), "optimizer": named_state(self._optimizer)}
+
+    def loaded(self, tensors: dict[str, Any]) -> None:
+        """Tell an engine that keeps copies of parameters."""
+        set_model_state_dict(self._model, tensors["model"])
+
+
+def save(run_dir: str | Path, step: int, contents: Contents, extra: dict[str, Any], keep: int) -> Path:
     """Write the checkpoint of `step`, then remove all but the newest `keep`; called by all ranks.
 
-    `extra` must be JSON. `model` may be wrapped in DistributedDataParallel, or sharded by FSDP2 and tensor parallelism:
-    each rank writes what it has, and of what several have one does. Collectives: those of dcp.save (plans of a few kB)
-    and three small ones. Raises UserError when the disk is full or fails; what is there stays as it was.
+    `extra` must be JSON. Each rank writes what it has, and of what several have one does. Collectives: those of
+    dcp.save (plans of a few kB) and three small ones. Raises UserError when the disk is full or fails; what is there
+    stays as it was.
     """
     folder = Path(run_dir) / FOLDER
     target = folder / step_name(step)
     temporary = folder / (_TEMPORARY + target.name)
-    state = _state(model, optimizer)
+    state = _state(contents)
     with _disk_errors(step, folder):
         on_main(lambda: _make_room(folder, temporary, state))
         with quiet_checkpoints():
@@ -84,14 +114,14 @@ def latest(run_dir: str | Path) -> Path | None:
     return None
 
 
-def load(path: str | Path, model: nn.Module, optimizer: Muon) -> dict[str, Any]:
+def load(path: str | Path, contents: Contents) -> dict[str, Any]:
     """Restore model, optimizer and random state in place, bit for bit, and return the `extra` of `save`.
 
     Called by all ranks, of which there may be another number than when it was saved, sharding in another way; each
     reads its parts. Raises UserError when the checkpoint does not fit the model or cannot be read.
     """
     path = Path(path)
-    state = _state(model, optimizer)
+    state = _state(contents)
     try:
         with quiet_checkpoints():
             stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
@@ -104,8 +134,7 @@ def load(path: str | Path, model: nn.Module, optimizer: Muon) -> dict[str, Any]:
             f"checkpoint {path} cannot be loaded: {_reason(error)}. Delete that directory to go on from the one "
             "before it, or start over with --fresh"
         ) from error
-    # All tensors are loaded in place; this tells an engine that keeps copies of parameters.
-    set_model_state_dict(model, state["model"])
+    contents.loaded(state)
     torch.set_rng_state(state["random"]["cpu"])
     if "cuda" in state["random"]:
         torch.cuda.set_rng_state(state["random"]["cuda"])
@@ -117,16 +146,12 @@ def step_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def _state(model: nn.Module, optimizer: Muon) -> dict[str, Any]:
-    """What is saved; also the template that is loaded into. Names are those of the model without any wrapper."""
+def _state(contents: Contents) -> dict[str, Any]:
+    """What is saved; also the template that is loaded into."""
     random = {"cpu": torch.get_rng_state()}
-    if next(model.parameters()).is_cuda:
+    if contents.device.type == "cuda":
         random["cuda"] = torch.cuda.get_rng_state()
-    return {
-        "model": get_model_state_dict(model),
-        "optimizer": named_state(optimizer),
-        "random": random,
-    }
+    return {**contents.named(), "random": random}
 
 
 def _make_room(folder: Path, temporary: Path, state: dict[str, Any]) -> None:

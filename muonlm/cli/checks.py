@@ -32,7 +32,7 @@ REQUIRED = (
 FEATURES = {
     "tracking": ("TensorBoard and Weights & Biases", ("tensorboard", "wandb")),
     "triton": ("GPU kernels of Newton-Schulz (CUDA builds of torch bring it), and their checks", ("triton",)),
-    "deepspeed": ("Muon in DeepSpeed", ("deepspeed",)),
+    "deepspeed": ('Muon in DeepSpeed, dist.engine = "deepspeed"', ("deepspeed",)),
     "evaluation": (
         "Muon in accelerate and the Trainer, exported models in transformers and lm-eval",
         ("transformers", "lm-eval", "accelerate"),

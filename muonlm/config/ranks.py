@@ -40,7 +40,7 @@ def rank_grid(config: TrainConfig, world_size: int) -> RankGrid:
             f"{_either(fitting)}, or a multiple of {dist.tensor_parallel} ranks"
         )
     data = world_size // dist.tensor_parallel
-    if dist.zero != 3:
+    if dist.zero != 3 or dist.engine == "deepspeed":
         if data > 1 and dist.tensor_parallel > 1:
             raise UserError(
                 f"dist.tensor_parallel {dist.tensor_parallel} on {world_size} ranks leaves {data} that read different "

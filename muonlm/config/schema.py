@@ -135,6 +135,12 @@ class DistConfig(Section):
         "What is cut over the data-parallel ranks rather than kept on each: 0 nothing, 1 optimizer state, "
         "2 gradients too, 3 parameters too (FSDP2).",
     )
+    engine: Literal["torch", "deepspeed"] = field(
+        "torch", "What averages gradients and cuts the model: torch with our ZeRO, or DeepSpeed (zero = 1, 2 or 3)."
+    )
+    deepspeed_config: str | None = field(
+        None, 'JSON file with further keys of DeepSpeed\'s configuration, such as offload (engine = "deepspeed").'
+    )
     replicas: int = field(
         1, "Copies of the model, each cut over its own share of the ranks (HSDP); more than 1 needs zero = 3.", ge=1
     )
@@ -162,6 +168,25 @@ class DistConfig(Section):
             raise ValueError(
                 f"replicas {self.replicas} needs zero = 3; with zero = {self.zero} every rank is a replica: leave it 1"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _engine_fits(self) -> Self:
+        if self.engine == "torch":
+            if self.deepspeed_config is not None:
+                raise ValueError('deepspeed_config needs engine = "deepspeed"')
+            return self
+        if self.zero == 0:
+            raise ValueError('engine "deepspeed" needs zero = 1, 2 or 3; without ZeRO take engine = "torch"')
+        wrong = {
+            "replicas": self.replicas > 1,
+            "tensor_parallel": self.tensor_parallel > 1,
+            "expert_parallel": self.expert_parallel > 1,
+            'gather_dtype = "bfloat16"': self.gather_dtype == "bfloat16",
+            "reshard_after_forward = false": not self.reshard_after_forward,
+        }
+        if asked := [key for key, is_asked in wrong.items() if is_asked]:
+            raise ValueError(f'engine "deepspeed" has no {", ".join(asked)}; take engine = "torch"')
         return self
 
     @model_validator(mode="after")
@@ -249,6 +274,17 @@ class TrainConfig(Section):
             raise ValueError(
                 f'model.experts = "grouped" needs model.expert_size {self.model.expert_size} / dist.tensor_parallel '
                 f'{size} to be a multiple of 8; leave it "auto"'
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _engine_gathers_within_blocks(self) -> Self:
+        is_selective = self.loop.activation_checkpointing == "selective"
+        if self.dist.engine == "deepspeed" and self.dist.zero == 3 and (self.loop.compile or is_selective):
+            wrong = "loop.compile" if self.loop.compile else 'loop.activation_checkpointing "selective"'
+            raise ValueError(
+                f'{wrong} does not go with dist.engine "deepspeed" and zero = 3, whose hooks gather parameters within '
+                'blocks; leave it out, or take dist.zero = 2 or dist.engine = "torch"'
             )
         return self
 

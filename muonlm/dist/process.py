@@ -44,11 +44,14 @@ def start(config: DistConfig, device: str = "auto") -> World:
     _refuse_silent_copies(size)
     if torch_device.type == "cpu":
         _keep_freed_memory()
-    if size == 1:
+    if size == 1 and config.engine == "torch":
         return World(0, 1, local_rank, torch_device, None)
     backend = config.backend if config.backend != "auto" else ("nccl" if torch_device.type == "cuda" else "gloo")
     if backend == "nccl" and torch_device.type != "cuda":
         raise UserError("dist.backend: 'nccl' needs CUDA devices; use 'gloo' or 'auto' on CPU")
+    if size == 1:  # DeepSpeed needs a process group even so
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        return World(0, 1, local_rank, torch_device, None)
     _join(rank, size, torch_device, backend, config.timeout_s)
     collectives.set_timeout(timedelta(seconds=config.timeout_s))
     return World(rank, size, local_rank, torch_device, backend)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
@@ -89,6 +89,15 @@ def without_gradient_sync(module: nn.Module) -> Iterator[None]:
             yield
     else:
         yield
+
+
+def backward(module: nn.Module, loss: Tensor) -> None:
+    """The backward pass from a loss that `module` gave; an engine with a `backward` of its own makes it."""
+    own = getattr(module, "backward", None)
+    if own is None:
+        loss.backward()
+    else:
+        own(loss)
 
 
 def free_gathered(module: nn.Module) -> None:

@@ -9,7 +9,7 @@ from typing import Self
 import torch
 
 from muonlm.dist import collectives
-from muonlm.optim.muon import Muon
+from muonlm.optim.stepping import StepOptimizer
 
 
 class UpdateNorms:
@@ -20,7 +20,7 @@ class UpdateNorms:
     all_reduce of a number for each group when there are ranks.
     """
 
-    def __init__(self, optimizer: Muon) -> None:
+    def __init__(self, optimizer: StepOptimizer) -> None:
         self._groups = {group["name"]: optimizer.shards(group) for group in optimizer.param_groups}
         self.by_group: dict[str, float] = {}
         self.rms_by_group: dict[str, float] = {}

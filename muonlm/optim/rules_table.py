@@ -12,8 +12,8 @@ _HEADER = ("parameter", "shape", "role", "rule", "group", "lr", "decay", "split"
 _RIGHT = ("shape", "lr", "decay")
 
 
-def rules_table(rules: Sequence[ParamRule], plan: Plan | None = None) -> str:
-    """The rules, one parameter a line, totals by group, and the exchange plan, one matrix a line."""
+def rules_table(rules: Sequence[ParamRule], *plans: Plan) -> str:
+    """The rules, one parameter a line, totals by group, and the exchange plans, one matrix a line."""
     rows = [_HEADER, *(_row(rule) for rule in rules)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADER))]
     lines = []
@@ -24,11 +24,16 @@ def rules_table(rules: Sequence[ParamRule], plan: Plan | None = None) -> str:
         ]
         lines.append("  ".join(cells).rstrip())
     groups = groups_of(rules)
-    lines += [f"group {name}: {_count(members)}, {members[0].rule}" for name, members in groups.items()]
+    lines += [_group_line(name, members) for name, members in groups.items()]
     by_rule = {name: [rule for rule in rules if rule.rule == name] for name in ("muon", "adamw")}
     parts = "; ".join(f"{name} {_count(members)}" for name, members in by_rule.items() if members)
     lines.append(f"total: {_count(rules)}; {parts}")
-    return "\n".join(lines + (_plan_lines(plan) if plan is not None and plan.pieces else []))
+    return "\n".join(lines + [line for plan in plans if plan.pieces for line in _plan_lines(plan)])
+
+
+def rules_summary(table: str) -> str:
+    """Of the text of `rules_table`, what says how parameters are trained: a line a group, totals, plans by title."""
+    return "\n".join(line for line in table.splitlines() if line.startswith(("group ", "total: ", "exchange plan: ")))
 
 
 def split_text(split: Split | None) -> str:
@@ -54,8 +59,13 @@ def _row(rule: ParamRule) -> tuple[str, ...]:
     )
 
 
+def _group_line(name: str, members: Sequence[ParamRule]) -> str:
+    of_all = members[0]  # members of a group agree in what is shown
+    return f"group {name}: {_count(members)}, {of_all.rule}, lr {of_all.lr:.2g}, decay {of_all.weight_decay:.2g}"
+
+
 def _count(rules: Sequence[ParamRule]) -> str:
-    return f"{len(rules)} parameters, {sum(rule.numel for rule in rules):,} elements"
+    return f"{len(rules)} parameter{'s' if len(rules) > 1 else ''}, {sum(rule.numel for rule in rules):,} elements"
 
 
 def _plan_lines(plan: Plan) -> list[str]:

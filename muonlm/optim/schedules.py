@@ -7,6 +7,7 @@ import math
 import torch
 
 from muonlm.config.schema import ScheduleConfig
+from muonlm.optim.stepping import StepOptimizer
 
 
 def lr_multiplier(config: ScheduleConfig, step: int, num_steps: int) -> float:
@@ -28,7 +29,7 @@ def lr_multiplier(config: ScheduleConfig, step: int, num_steps: int) -> float:
     return warmup * (config.final_ratio + (1 - config.final_ratio) * max(left, 0.0))
 
 
-def set_learning_rates(optimizer: torch.optim.Optimizer, multiplier: float) -> None:
+def set_learning_rates(optimizer: torch.optim.Optimizer | StepOptimizer, multiplier: float) -> None:
     """Set every group's `lr` to `base_lr` times `multiplier`."""
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * multiplier

@@ -13,8 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from muonlm.bridge.pretrained import load_pretrained
-from muonlm.bridge.tokenizer import check_same_tokenizer
 from muonlm.checkpoint import store
 from muonlm.config.errors import UserError
 from muonlm.config.schema import TrainConfig
@@ -74,8 +72,12 @@ def _lost_ranks(world: World, run: RunDirectory) -> Iterator[None]:
 
 
 def _train(config: TrainConfig, world: World, run: RunDirectory, stop: StopSignals) -> RunStatus:
-    parts = build(config, world, run.recorded)
-    progress = _restore(parts, run)
+    checkpoint = on_main(lambda: store.latest(run.path))
+    init_from = config.init_from if checkpoint is None else None
+    parts = build(config, world, run.recorded, init_from)
+    if init_from is not None:
+        check_finite(parts, 0, f"as loaded from {init_from}")
+    progress = Progress() if checkpoint is None else Progress(**store.load(checkpoint, parts.contents))
     _show_rules(parts, run)
     with _open_tracker(parts, run, progress) as tracker:
         run.begin(parts.environment, parts.rules)
@@ -119,19 +121,6 @@ def _is_due(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
 
 
-def _restore(parts: Parts, run: RunDirectory) -> Progress:
-    """Load the newest complete checkpoint, else the weights of `init_from`, if there are any; the same on all ranks."""
-    path = on_main(lambda: store.latest(run.path))
-    if path is not None:
-        return Progress(**store.load(path, parts.model, parts.optimizer))
-    if (directory := parts.config.init_from) is not None:
-        with raised_on_all_ranks():
-            check_same_tokenizer(directory, parts.config.data.path)
-            load_pretrained(parts.model, directory)
-        check_finite(parts, 0, f"as loaded from {directory}")
-    return Progress()
-
-
 def _open_tracker(parts: Parts, run: RunDirectory, progress: Progress) -> Tracker:
     with raised_on_all_ranks():
         return Tracker(
@@ -173,8 +162,6 @@ def _save(parts: Parts, progress: Progress, run: RunDirectory, tracker: Tracker)
     begin = time.perf_counter()
     check_finite(parts, progress.step)
     tracker.sync()
-    path = store.save(
-        run.path, progress.step, parts.model, parts.optimizer, asdict(progress), parts.config.checkpoint.keep
-    )
+    path = store.save(run.path, progress.step, parts.contents, asdict(progress), parts.config.checkpoint.keep)
     seconds = round(time.perf_counter() - begin, 3)
     tracker.event(event_record(progress, "checkpoint", path=str(path.relative_to(run.path)), seconds=seconds))

@@ -16,6 +16,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import muonlm
+from muonlm.bridge.tokenizer import check_same_tokenizer
+from muonlm.checkpoint.store import Contents
 from muonlm.config.errors import UserError
 from muonlm.config.ranks import micro_batch_size
 from muonlm.config.schema import TrainConfig
@@ -25,21 +27,16 @@ from muonlm.dist.agree import on_main, raised_on_all_ranks
 from muonlm.dist.mesh import Mesh, make_mesh
 from muonlm.dist.precision import bfloat16_is_fast
 from muonlm.dist.process import World
-from muonlm.dist.wrap import wrap
-from muonlm.model.build import materialize, outline
+from muonlm.model.build import outline
 from muonlm.model.flops import flops_per_token
-from muonlm.model.gpt import GPT
 from muonlm.model.moe import forget_loads
-from muonlm.model.parallel import expert_modules, shard_layers
-from muonlm.optim.build import build_optimizer
-from muonlm.optim.muon import Muon
-from muonlm.optim.rules import ParamRule, assign_rules
+from muonlm.optim.rules import assign_rules
 from muonlm.optim.rules_table import rules_table
-from muonlm.optim.shards import Sharding
+from muonlm.optim.stepping import StepOptimizer
 from muonlm.optim.transfer import transferred
-from muonlm.optim.zero import ZeroDataParallel
 from muonlm.plan.fit import check_fits
 from muonlm.plan.machine import host_memory_bytes
+from muonlm.train.engines import start_engine
 from muonlm.train.evaluate import eval_indices
 from muonlm.train.peak_flops import peak_flops
 from muonlm.train.reference import check_reference
@@ -66,7 +63,8 @@ class Parts:
     final_indices: np.ndarray
     model: nn.Module
     wrapped: nn.Module
-    optimizer: Muon
+    optimizer: StepOptimizer
+    contents: Contents
     dtype: torch.dtype
     micro_batch: int
     flops_per_token: int
@@ -80,11 +78,12 @@ class Parts:
         return self.config.loop.batch_size // self.mesh.data_size
 
 
-def build(config: TrainConfig, world: World, recorded: dict[str, Any]) -> Parts:
+def build(config: TrainConfig, world: World, recorded: dict[str, Any], init_from: str | None = None) -> Parts:
     """Build data, model and optimizer; called by all ranks.
 
-    `recorded` is the environment.json of an earlier attempt, or empty: what was decided then by looking at the
-    machine stays so, that the run goes on with the same numbers. Raises UserError for what does not fit together.
+    `init_from` is the directory of a model whose weights are taken. `recorded` is the environment.json of an earlier
+    attempt, or empty: what was decided then by looking at the machine stays so, that the run goes on with the same
+    numbers. Raises UserError for what does not fit together.
     """
     if config.loop.threads:
         torch.set_num_threads(config.loop.threads)
@@ -106,9 +105,15 @@ def build(config: TrainConfig, world: World, recorded: dict[str, Any]) -> Parts:
         if world.is_main:
             _say_if_short(config, validation_data.num_sequences)
             check_reference(config, validation_data, len(on_way) * config.data.seq_len)
-    wrapped, sharding = _spread(model, rules, mesh, config, dtype)
-    with raised_on_all_ranks():
-        optimizer = build_optimizer(model, config.optim, iterate_dtype=iterate_dtype, rules=rules, sharding=sharding)
+        if init_from is not None:
+            check_same_tokenizer(init_from, config.data.path)
+    running = start_engine(
+        *(model, rules, mesh, config),
+        dtype=dtype,
+        iterate_dtype=iterate_dtype,
+        micro_batch=micro_batch,
+        init_from=init_from,
+    )
     peak = config.track.peak_flops or (world.device.type == "cuda" and peak_flops(_device_name(world))) or None
     parts = Parts(
         config=config,
@@ -120,8 +125,9 @@ def build(config: TrainConfig, world: World, recorded: dict[str, Any]) -> Parts:
         eval_indices=on_way,
         final_indices=at_end,
         model=model,
-        wrapped=wrapped,
-        optimizer=optimizer,
+        wrapped=running.wrapped,
+        optimizer=running.optimizer,
+        contents=running.contents,
         dtype=dtype,
         micro_batch=micro_batch,
         flops_per_token=flops_per_token(config.model, vocab_size, config.data.seq_len),
@@ -133,7 +139,7 @@ def build(config: TrainConfig, world: World, recorded: dict[str, Any]) -> Parts:
             "tokenizer_fingerprint": train_data.tokenizer_fingerprint,
             "validation_fingerprint": validation_data.fingerprint,
         },
-        rules=rules_table(rules, optimizer.plan()),
+        rules=rules_table(rules, *running.plans),
     )
     _settle_buckets(parts)
     return parts
@@ -201,6 +207,7 @@ def _check_memory(config: TrainConfig, world: World, vocab_size: int, decided: d
         return
     raw = config.model_dump()
     raw["loop"]["precision"] = decided["precision"]
+    raw["dist"] |= {"engine": "torch", "deepspeed_config": None}  # what is kept where is much the same
     if config.optim.kind == "muon":
         raw["optim"]["newton_schulz"]["dtype"] = decided["newton_schulz_dtype"]
     check_fits(
@@ -231,45 +238,6 @@ def _say_if_short(config: TrainConfig, available: int) -> None:
             )
         elif wanted == 0:
             _log.warning("%s is %d, less than one sequence; evaluating on one of %d tokens", option, tokens, seq_len)
-
-
-def _spread(
-    model: GPT, rules: list[ParamRule], mesh: Mesh, config: TrainConfig, dtype: torch.dtype
-) -> tuple[nn.Module, Sharding | None]:
-    """Cut the outline of a model as the configuration says, and give this rank's part its values, on the device.
-
-    Returns what is to be called for the loss, and the engine that the optimizer needs to know of, if there is one.
-    """
-    loop, dist = config.loop, config.dist
-    for block in model.blocks:
-        block.set_recompute(loop.activation_checkpointing)
-    if loop.compile:
-        model.compile_parts()
-    if mesh.tensor is not None or mesh.expert is not None:
-        shard_layers(model, tensor=mesh.tensor, expert=mesh.expert, both=mesh.expert_and_tensor)
-    if mesh.sharded is not None:
-        wrap(
-            *(model, model.blocks, mesh),
-            experts=expert_modules(model),
-            reshard_after_forward=dist.reshard_after_forward,
-            gather_dtype=_gather_dtype(config, mesh, dtype),
-        )
-    materialize(model, config.seed, mesh.device)
-    if mesh.sharded is not None:
-        return model, None
-    if dist.zero in (1, 2) and mesh.data_size > 1:
-        matrices = {rule.name for rule in rules if rule.rule == "muon"}
-        stacks = frozenset(rule.name for rule in rules if rule.role == "experts")
-        engine = ZeroDataParallel(model, matrices=matrices, stacks=stacks, stage=1 if dist.zero == 1 else 2)
-        return engine, engine
-    return wrap(model, model.blocks, mesh), None
-
-
-def _gather_dtype(config: TrainConfig, mesh: Mesh, dtype: torch.dtype) -> torch.dtype | None:
-    """None for that of the parameters, fp32."""
-    wanted = config.dist.gather_dtype
-    is_narrow = wanted == "bfloat16" or (wanted == "auto" and mesh.device.type == "cuda" and dtype == torch.bfloat16)
-    return torch.bfloat16 if is_narrow else None
 
 
 def _settle_buckets(parts: Parts) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from muonlm.data.loader import batch
 from muonlm.dist import collectives
-from muonlm.dist.wrap import without_gradient_sync
+from muonlm.dist.wrap import backward, without_gradient_sync
 from muonlm.model.moe import Balance, forget_loads, settle_loads
 from muonlm.optim.gradients import GradNorms, NonFiniteGradient
 from muonlm.optim.measure import UpdateNorms
@@ -115,7 +115,7 @@ def _accumulate(parts: Parts, sequences: int) -> torch.Tensor:
         with nullcontext() if is_last else without_gradient_sync(wrapped):
             with torch.autocast(world.device.type, dtype=torch.bfloat16, enabled=parts.dtype == torch.bfloat16):
                 loss = wrapped(ids, labels)
-            (loss / num_micro).backward()
+            backward(wrapped, loss / num_micro)
         total += loss.detach().double()
     return total / num_micro
 

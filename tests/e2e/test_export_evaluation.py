@@ -61,7 +61,7 @@ def bits_per_byte(config: TrainConfig, data: Path) -> float:
     path = store.latest(config.resolved_run_dir)
     assert path is not None
     with torch.random.fork_rng():
-        store.load(path, model, build_optimizer(model, config.optim))
+        store.load(path, store.ModelAndOptimizer(model, build_optimizer(model, config.optim)))
     tokenizer = Tokenizer.from_file(str(data / "tokenizer.json"))
     nats = 0.0
     for text in TEXTS:

@@ -18,6 +18,7 @@ from muonlm.optim.zero_bucket import logical_tensor
 
 Group = dict[str, Any]
 States = Callable[[], Mapping[torch.Tensor, dict[str, Any]]]
+Pending = Callable[[slice], torch.Tensor | None]
 
 
 class Desk:
@@ -27,8 +28,8 @@ class Desk:
     its collectives and Newton-Schulz run there: once the partition's bytes for each of the three, and two back.
     """
 
-    def __init__(self, flat: torch.Tensor, states: States, device: torch.device) -> None:
-        self.flat, self._states, self._device = flat, states, device
+    def __init__(self, flat: torch.Tensor, pending: Pending, states: States, device: torch.device) -> None:
+        self.flat, self.pending, self._states, self._device = flat, pending, states, device
         self.values: torch.Tensor | None = None
         self.grads: torch.Tensor | None = None
         self.momentum: torch.Tensor | None = None
@@ -72,8 +73,8 @@ class PartitionShard:
         return (self.desk.flat.detach() if self.desk.values is None else self.desk.values)[self.part]
 
     def grad(self) -> torch.Tensor | None:
-        """Their gradient, as DeepSpeed has averaged and clipped it; zero for a parameter that was not used."""
-        return None if self.desk.grads is None else self.desk.grads[self.part]
+        """Their averaged gradient, during a step as DeepSpeed has clipped it; zero for a parameter not used."""
+        return self.desk.pending(self.part) if self.desk.grads is None else self.desk.grads[self.part]
 
     def state_like(self) -> torch.Tensor:
         """Nothing: state is kept for the partition as a whole, where DeepSpeed looks for it."""
@@ -129,11 +130,13 @@ class BoundPartition:
     """A partition with what updates it.
 
     Fields:
+        group: number of the optimizer's parameter group.
         desk: its values and state.
         shards: the parameters in it.
         muon: what updates it; None for AdamW.
     """
 
+    group: int
     desk: Desk
     shards: Sequence[PartitionShard]
     muon: Muon | None

@@ -83,6 +83,8 @@ class DeepSpeedMuon(torch.optim.Optimizer):
     write `lr` into them, work. State has the shape of the partitions: `momentum_buffer` under Muon, `exp_avg`,
     `exp_avg_sq`, `step` under AdamW; DeepSpeed saves, loads and offloads it.
 
+    `is_withheld`: steps of DeepSpeed's leave everything as it is.
+
     Never tag parameters with `use_muon`: DeepSpeed would take that, and the name of this class, for its own Muon.
     """
 
@@ -99,6 +101,7 @@ class DeepSpeedMuon(torch.optim.Optimizer):
         self._zero: Any = None
         self._bound: dict[torch.Tensor, BoundPartition] = {}
         self.num_skipped = 0
+        self.is_withheld = False
         groups = [
             {"name": name, "params": [params[rule.name] for rule in members], **members[0].options()}
             for name, members in groups_of(rules).items()
@@ -125,9 +128,9 @@ class DeepSpeedMuon(torch.optim.Optimizer):
 
         found = partitions_of(zero)
         self._check_parameters(found)
-        self._zero, self._device = zero, torch.device(get_accelerator().current_device_name())
+        self._zero, self.device = zero, torch.device(get_accelerator().current_device_name())
         if self._iterate_dtype is None:  # where the configuration leaves it to a probe, one rank's decides
-            is_fast = collectives.broadcast_object(bfloat16_is_fast(self._device))
+            is_fast = collectives.broadcast_object(bfloat16_is_fast(self.device))
             self._iterate_dtype = torch.bfloat16 if is_fast else torch.float32
         self._bound = {partition.flat: self._bind_partition(partition) for partition in found}
         lines = [
@@ -154,7 +157,7 @@ class DeepSpeedMuon(torch.optim.Optimizer):
 
     def _bind_partition(self, partition: Partition) -> BoundPartition:
         group = self.param_groups[partition.group]
-        desk = Desk(partition.flat, lambda: self.state, self._device)
+        desk = Desk(partition.flat, partition.pending, lambda: self.state, self.device)
         shards = []
         for member in partition.members:
             is_stack = len(member.shape) == 3 and not group.get("convolution", False)
@@ -164,7 +167,7 @@ class DeepSpeedMuon(torch.optim.Optimizer):
             name = self._names[member.param]
             shards.append(PartitionShard(name, member.shape, member.ranges, member.part, layout, pinned, desk))
         muon = self._muon(desk, shards) if group["rule"] == "muon" else None
-        bound = BoundPartition(desk, shards, muon)
+        bound = BoundPartition(partition.group, desk, shards, muon)
         bound.allocate()
         return bound
 
@@ -190,6 +193,8 @@ class DeepSpeedMuon(torch.optim.Optimizer):
         chosen = [(param, group) for group in self.param_groups for param in group["params"]]
         if not all(param in self._bound for param, _ in chosen):
             raise UserError(_UNBOUND)
+        if self.is_withheld:
+            return
         if not self._is_finite():
             if self.config.non_finite != "skip":
                 raise NonFiniteGradient("the norm of all gradients is not finite; nothing was updated")

@@ -39,12 +39,15 @@ class Partition:
         group: number of the optimizer's parameter group.
         members: the parameters that lie in it, or in the same partition of other ranks.
         is_cut_at_ends: only parameters at the ends of a partition are cut (stages 1 and 2).
+        pending: the gradient of a part of it between the last backward pass and DeepSpeed's step, to be read or scaled
+            in place; None when there is none.
     """
 
     flat: torch.Tensor
     group: int
     members: tuple[Member, ...]
     is_cut_at_ends: bool
+    pending: Callable[[slice], torch.Tensor | None]
 
 
 def partitions_of(zero: Any) -> list[Partition]:
@@ -82,7 +85,7 @@ def _stage_1_and_2(zero: Any) -> Iterator[Partition]:
         yield _cut_at_ends(
             zero.round_robin_bit16_groups[number],
             zero.bit16_groups_flat[number],
-            *(flat, number, zero.real_dp_process_group[number]),
+            *(flat, number, zero.real_dp_process_group[number], _averaged(zero, number, flat)),
         )
 
 
@@ -92,11 +95,17 @@ def _bf16(zero: Any) -> Iterator[Partition]:
             zero.bf16_groups[number],
             zero.bf16_groups_flat[number],
             *(flat, number, zero.real_dp_process_group[number]),
+            zero.fp32_groups_gradient_flat_partition[number].__getitem__,
         )
 
 
 def _cut_at_ends(
-    params: list[torch.Tensor], everything: torch.Tensor, flat: torch.Tensor, number: int, process_group: Any
+    params: list[torch.Tensor],
+    everything: torch.Tensor,
+    flat: torch.Tensor,
+    number: int,
+    process_group: Any,
+    pending: Callable[[slice], torch.Tensor | None],
 ) -> Partition:
     """Parameters are views of `everything`, of which every rank has an equal part."""
     num_ranks, rank = _check_group(process_group), collectives.rank()
@@ -114,7 +123,7 @@ def _cut_at_ends(
         begin = max(at - rank * size, 0)
         length = sum(e - b for r, b, e in ranges if r == rank)
         members.append(Member(param, param.shape, ranges, slice(begin, begin + length) if length else slice(0, 0)))
-    return Partition(flat, number, tuple(members), is_cut_at_ends=True)
+    return Partition(flat, number, tuple(members), is_cut_at_ends=True, pending=pending)
 
 
 def _stage_3(zero: Any) -> Iterator[Partition]:
@@ -129,7 +138,29 @@ def _stage_3(zero: Any) -> Iterator[Partition]:
             members.append(Member(param, param.ds_shape, ranges, slice(at, at + length)))
             at += size
         assert at == flat.numel()
-        yield Partition(flat, zero.sub_group_to_group_id[number], tuple(members), is_cut_at_ends=False)
+        pending, group = _averaged(zero, number, flat), zero.sub_group_to_group_id[number]
+        yield Partition(flat, group, tuple(members), is_cut_at_ends=False, pending=pending)
+
+
+def _averaged(zero: Any, number: int, flat: torch.Tensor) -> Callable[[slice], torch.Tensor | None]:
+    """Reads averaged gradients: one tensor for each parameter, or one for the partition where it is offloaded."""
+
+    def read(part: slice) -> torch.Tensor | None:
+        if flat.grad is not None:
+            return flat.grad[part]
+        pieces = zero.averaged_gradients.get(number)
+        if pieces is None:
+            return None
+        if part.start == part.stop:
+            return flat.new_empty(0)
+        at = 0
+        for piece in pieces:
+            if at == part.start:
+                return piece.view(-1)[: part.stop - part.start]
+            at += piece.numel()
+        raise AssertionError(f"no gradient begins at {part.start} of partition {number}")
+
+    return read
 
 
 def _check_group(process_group: Any) -> int:

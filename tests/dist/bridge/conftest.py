@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import logging
-import os
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +12,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+
+from muonlm.bridge.deepspeed.training import import_deepspeed
 
 VOCAB, SEQ_LEN, BATCH = 61, 12, 8
 # With fp32 iterates, what is left between engines is the order in which sums over ranks are rounded.
@@ -129,13 +129,11 @@ def weights_of(engine: Any) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="session")
 def _deepspeed() -> None:
-    """Import it before ranks are forked, without its shared-memory collectives, which would be compiled for 30 s."""
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    """Import it before ranks are forked."""
     pytest.importorskip("deepspeed")
-    importlib.import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
+    import_deepspeed(torch.device("cpu"))
     for module in ("deepspeed.runtime.zero.stage3", "deepspeed.runtime.zero.stage_1_and_2"):
         importlib.import_module(module)
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 
 
 @pytest.fixture

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import re
+import shlex
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +18,8 @@ import pytest
 
 from muonlm.bridge.deepspeed.guards import TESTED
 
-PAGE = (Path(__file__).parents[3] / "docs" / "deepspeed.md").read_text()
+ROOT = Path(__file__).parents[3]
+PAGE = (ROOT / "docs" / "deepspeed.md").read_text()
 
 
 def test_the_script_learns_on_two_ranks(on_ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
@@ -34,6 +39,28 @@ def test_the_script_learns_on_two_ranks(on_ranks: Callable[..., list[Any]], tmp_
     assert len(losses) == 3
     assert losses[-1] < 0.5 * losses[0]
     assert (tmp_path / "checkpoint" / ".metadata").is_file()
+
+
+def test_the_command_trains_under_the_engine(stdlib_data: Path, tmp_path: Path) -> None:
+    """And with the keys that the page shows."""
+    pytest.importorskip("deepspeed")
+    (command,) = re.findall(r"```bash\n(torchrun .*)\n```", PAGE)
+    (keys,) = re.findall(r"```json\n(.*)\n```", PAGE)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "stdlib").symlink_to(stdlib_data)
+    (tmp_path / "offload.json").write_text(keys)
+    words = [str(Path(sys.executable).with_name("torchrun")), *shlex.split(command)[1:], "loop.steps=6"]
+    done = subprocess.run(
+        [*words, "dist.deepspeed_config=offload.json"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "runs" / "smoke-deepspeed" / "status.json").read_text())["state"] == "finished"
 
 
 def test_the_page_names_the_tested_version() -> None:

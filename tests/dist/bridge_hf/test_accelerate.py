@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
+from muonlm.bridge.deepspeed.training import import_deepspeed
 from muonlm.config.errors import UserError
 
 TOLERANCE = 1e-5
@@ -33,9 +33,7 @@ def fsdp(version: int = 2) -> Any:
 def deepspeed() -> Any:
     from accelerate import DeepSpeedPlugin
 
-    # Its shared-memory collectives would be compiled for 30 s.
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    importlib.import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
+    import_deepspeed(torch.device("cpu"))
     config = {
         "train_micro_batch_size_per_gpu": 2,
         "gradient_accumulation_steps": 1,

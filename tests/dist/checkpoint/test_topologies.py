@@ -57,7 +57,7 @@ def _go(parts: Parts, begin: int, folder: Path) -> None:
     """Three steps, then a checkpoint in `folder`."""
     for step in range(begin, begin + 3):
         take_step(parts, step, step * BATCH, measure=False, stop=False)
-    store.save(folder, begin + 3, parts.model, parts.optimizer, {}, keep=1)
+    store.save(folder, begin + 3, parts.contents, {}, keep=1)
 
 
 @pytest.fixture
@@ -128,8 +128,8 @@ def test_a_run_goes_on_under_another_way_of_sharding(run_ranks, config_of, saved
             for param in group["params"]:
                 for state in parts.optimizer.state[param].values():
                     state.fill_(7.0)
-        store.load(folder / "begin" / "checkpoints" / "step_00000003", parts.model, parts.optimizer)
-        store.save(tmp_path / "again", 3, parts.model, parts.optimizer, {}, keep=1)
+        store.load(folder / "begin" / "checkpoints" / "step_00000003", parts.contents)
+        store.save(tmp_path / "again", 3, parts.contents, {}, keep=1)
         _go(parts, 3, tmp_path / "end")
 
     run_ranks(one_rank, size, join=False)

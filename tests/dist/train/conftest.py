@@ -166,7 +166,7 @@ def final_state(stdlib_data: Path) -> Callable[[TrainConfig], dict[str, torch.Te
         path = store.latest(config.resolved_run_dir)
         assert path is not None
         with torch.random.fork_rng():
-            store.load(path, model, optimizer)
+            store.load(path, store.ModelAndOptimizer(model, optimizer))
         names = {param: name for name, param in model.named_parameters()}
         tensors = dict(model.state_dict())
         for param, state in optimizer.state.items():

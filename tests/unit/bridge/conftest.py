@@ -86,7 +86,9 @@ def save_run(make_config: Callable[..., TrainConfig], make_model: Callable[..., 
         run = Path(config.resolved_run_dir)
         run.mkdir(exist_ok=True)
         (run / "config.toml").write_text(dump_toml(config))
-        store.save(run, step, model, build_optimizer(model, config.optim), {"step": step}, keep=9)
+        store.save(
+            run, step, store.ModelAndOptimizer(model, build_optimizer(model, config.optim)), {"step": step}, keep=9
+        )
         return model
 
     return save

@@ -29,7 +29,7 @@ def model() -> GPT:
 def run(model: GPT, tmp_path: Path) -> Path:
     """A run directory with the checkpoints of steps 3 and 5."""
     for step in (3, 5):
-        store.save(tmp_path, step, model, build_optimizer(model, AdamWConfig()), {}, keep=2)
+        store.save(tmp_path, step, store.ModelAndOptimizer(model, build_optimizer(model, AdamWConfig())), {}, keep=2)
     return tmp_path
 
 
@@ -45,7 +45,7 @@ def test_parts_of_ranks_are_put_together(model: GPT, tmp_path: Path, run_ranks: 
 
     def one_rank(rank: int, world_size: int) -> None:
         sharded = fully_shard(build_model(GPTConfig.model_validate(SHAPE), 50, 0), mesh=init_device_mesh("cpu", (3,)))
-        store.save(tmp_path, 1, sharded, build_optimizer(sharded, AdamWConfig()), {}, keep=2)
+        store.save(tmp_path, 1, store.ModelAndOptimizer(sharded, build_optimizer(sharded, AdamWConfig())), {}, keep=2)
 
     run_ranks(one_rank, 3)
     stored = StoredModel(find(tmp_path))

@@ -55,12 +55,12 @@ def test_round_trip_is_bit_exact_and_training_goes_on_alike(tmp_path, kind, tied
     model, optimizer = _trained(kind, tie_embeddings=tied)
     expected = _tensors(model, optimizer)
     torch.manual_seed(7)
-    path = store.save(tmp_path, 3, model, optimizer, {"step": 3, "note": "x"}, keep=2)
+    path = store.save(tmp_path, 3, store.ModelAndOptimizer(model, optimizer), {"step": 3, "note": "x"}, keep=2)
     expected_random = torch.rand(3)
     assert path == store.latest(tmp_path) == tmp_path / "checkpoints" / "step_00000003"
     fresh, fresh_optimizer = _trained(kind, steps=0, seed=5, tie_embeddings=tied)
     torch.manual_seed(8)
-    assert store.load(path, fresh, fresh_optimizer) == {"step": 3, "note": "x"}
+    assert store.load(path, store.ModelAndOptimizer(fresh, fresh_optimizer)) == {"step": 3, "note": "x"}
     assert torch.equal(torch.rand(3), expected_random)
     assert _same(_tensors(fresh, fresh_optimizer), expected)
     for group, old in zip(fresh_optimizer.param_groups, optimizer.param_groups, strict=True):
@@ -77,9 +77,9 @@ def test_keeps_the_newest_and_removes_left_overs(tmp_path) -> None:
     folder = tmp_path / "checkpoints"
     for step in (1, 2, 9, 10):
         (folder / ".unfinished_step_00000077").mkdir(parents=True, exist_ok=True)
-        store.save(tmp_path, step, model, optimizer, {}, keep=2)
+        store.save(tmp_path, step, store.ModelAndOptimizer(model, optimizer), {}, keep=2)
     assert sorted(p.name for p in folder.iterdir()) == ["step_00000009", "step_00000010"]
-    store.save(tmp_path, 11, model, optimizer, {}, keep=1)
+    store.save(tmp_path, 11, store.ModelAndOptimizer(model, optimizer), {}, keep=1)
     assert sorted(p.name for p in folder.iterdir()) == ["step_00000011"]
 
 
@@ -87,7 +87,7 @@ def test_keeps_the_newest_and_removes_left_overs(tmp_path) -> None:
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, caplog, damage) -> None:
     model, optimizer = _trained()
     for step in (1, 2):
-        store.save(tmp_path, step, model, optimizer, {"step": step}, keep=2)
+        store.save(tmp_path, step, store.ModelAndOptimizer(model, optimizer), {"step": step}, keep=2)
     newest = store.latest(tmp_path)
     assert newest is not None
     [data] = newest.glob("*.distcp")
@@ -104,7 +104,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, caplog, dama
     assert store.latest(tmp_path) == tmp_path / "checkpoints" / "step_00000001"
     assert "step_00000002 is incomplete" in caplog.text
     # The one that is whole counts, though the damaged one is newer.
-    saved = store.save(tmp_path, 3, model, optimizer, {"step": 3}, keep=2)
+    saved = store.save(tmp_path, 3, store.ModelAndOptimizer(model, optimizer), {"step": 3}, keep=2)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_00000001", "step_00000003"]
     assert store.latest(tmp_path) == saved
 
@@ -114,20 +114,20 @@ def test_no_checkpoint(tmp_path) -> None:
 
 
 def test_another_model_is_refused(tmp_path) -> None:
-    path = store.save(tmp_path, 1, *_trained(), {}, keep=1)
+    path = store.save(tmp_path, 1, store.ModelAndOptimizer(*_trained()), {}, keep=1)
     config = GPTConfig(num_layers=2, hidden_size=16, intermediate_size=24, num_heads=2)
     other = build_model(config, VOCAB, 0)
     with pytest.raises(UserError, match=r"cannot be loaded: .*--fresh"):
-        store.load(path, other, build_optimizer(other, MuonConfig(kind="muon")))
+        store.load(path, store.ModelAndOptimizer(other, build_optimizer(other, MuonConfig(kind="muon"))))
 
 
 def test_too_little_space_is_seen_before_writing(tmp_path, monkeypatch) -> None:
     model, optimizer = _trained()
-    store.save(tmp_path, 1, model, optimizer, {}, keep=1)
+    store.save(tmp_path, 1, store.ModelAndOptimizer(model, optimizer), {}, keep=1)
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 1000))
     with pytest.raises(UserError, match=r"checkpoint of step 2 could not be written .*are free.* from step_00000001"):
-        store.save(tmp_path, 2, model, optimizer, {}, keep=1)
+        store.save(tmp_path, 2, store.ModelAndOptimizer(model, optimizer), {}, keep=1)
     assert store.latest(tmp_path) == tmp_path / "checkpoints" / "step_00000001"
 
 
@@ -136,13 +136,13 @@ def test_a_write_that_fails_half_way_leaves_the_older_one(tmp_path, run_ranks) -
 
     def one_rank(rank, size):
         model, optimizer = _trained()
-        store.save(tmp_path, 1, model, optimizer, {}, keep=1)
+        store.save(tmp_path, 1, store.ModelAndOptimizer(model, optimizer), {}, keep=1)
         [data] = (tmp_path / "checkpoints" / "step_00000001").glob("*.distcp")
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         limit = data.stat().st_size // 2
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
         try:
-            store.save(tmp_path, 2, model, optimizer, {}, keep=1)
+            store.save(tmp_path, 2, store.ModelAndOptimizer(model, optimizer), {}, keep=1)
         except UserError as error:
             return str(error)
         return None
@@ -155,11 +155,13 @@ def test_a_write_that_fails_half_way_leaves_the_older_one(tmp_path, run_ranks) -
 
 def test_names_and_tensors_do_not_depend_on_ranks(tmp_path, run_ranks) -> None:
     """Saved from two ranks under DistributedDataParallel: the same tensors under the same names as from one process."""
-    alone = store.save(tmp_path / "alone", 1, *_trained(), {}, keep=1)
+    alone = store.save(tmp_path / "alone", 1, store.ModelAndOptimizer(*_trained()), {}, keep=1)
 
     def two(rank, size):
         model, optimizer = _trained()
-        return store.save(tmp_path / "two", 1, DistributedDataParallel(model), optimizer, {"a": 1}, keep=1)
+        return store.save(
+            tmp_path / "two", 1, store.ModelAndOptimizer(DistributedDataParallel(model), optimizer), {"a": 1}, keep=1
+        )
 
     paths = run_ranks(two, 2)
     assert paths[0] == paths[1]
@@ -169,7 +171,7 @@ def test_names_and_tensors_do_not_depend_on_ranks(tmp_path, run_ranks) -> None:
         == reader(paths[0]).read_metadata().state_dict_metadata.keys()
     )
     model, optimizer = _trained(steps=0, seed=3)
-    assert store.load(paths[0], model, optimizer) == {"a": 1}
+    assert store.load(paths[0], store.ModelAndOptimizer(model, optimizer)) == {"a": 1}
     assert _same(_tensors(model, optimizer), _tensors(*_trained()))
     files = json.loads((paths[0] / "complete.json").read_text())["files"]
     assert set(files) == {p.name for p in Path(paths[0]).iterdir()} - {"complete.json"}
@@ -178,12 +180,12 @@ def test_names_and_tensors_do_not_depend_on_ranks(tmp_path, run_ranks) -> None:
 def test_one_rank_out_of_space_is_an_error_on_all(tmp_path, run_ranks) -> None:
     def one_rank(rank, size):
         model, optimizer = _trained()
-        store.save(tmp_path, 1, model, optimizer, {}, keep=1)
+        store.save(tmp_path, 1, store.ModelAndOptimizer(model, optimizer), {}, keep=1)
         if rank == 0:
             usage = namedtuple("usage", "total used free")
             shutil.disk_usage = lambda path: usage(1, 1, 0)
         with pytest.raises(UserError, match="could not be written"):
-            store.save(tmp_path, 2, model, optimizer, {}, keep=1)
+            store.save(tmp_path, 2, store.ModelAndOptimizer(model, optimizer), {}, keep=1)
         return True
 
     assert run_ranks(one_rank, 2) == [True, True]
@@ -193,7 +195,7 @@ def test_one_rank_out_of_space_is_an_error_on_all(tmp_path, run_ranks) -> None:
 def test_a_damaged_checkpoint_of_the_right_size_gives_way_to_the_one_before(tmp_path, caplog, pattern) -> None:
     model, optimizer = _trained()
     for step in (1, 2):
-        store.save(tmp_path, step, model, optimizer, {"step": step}, keep=2)
+        store.save(tmp_path, step, store.ModelAndOptimizer(model, optimizer), {"step": step}, keep=2)
     (file,) = (tmp_path / "checkpoints" / "step_00000002").glob(pattern)
     content = bytearray(file.read_bytes())
     middle = len(content) // 2
@@ -217,7 +219,7 @@ def test_a_damaged_checkpoint_of_the_right_size_gives_way_to_the_one_before(tmp_
 def test_a_marker_that_was_changed_is_no_marker(tmp_path, change) -> None:
     model, optimizer = _trained()
     for step in (1, 2):
-        store.save(tmp_path, step, model, optimizer, {"step": step}, keep=2)
+        store.save(tmp_path, step, store.ModelAndOptimizer(model, optimizer), {"step": step}, keep=2)
     marker = tmp_path / "checkpoints" / "step_00000002" / "complete.json"
     marker.write_text(json.dumps(change(json.loads(marker.read_text()))))
     assert store.latest(tmp_path) == tmp_path / "checkpoints" / "step_00000001"
@@ -226,7 +228,7 @@ def test_a_marker_that_was_changed_is_no_marker(tmp_path, change) -> None:
 @pytest.mark.parametrize("content", [b"", b"rubbish", b"cos\nnowhere\n.", b"\x80\x04N."])
 def test_metadata_that_torch_cannot_read_is_an_error_of_one_message(tmp_path, content) -> None:
     model, optimizer = _trained()
-    path = store.save(tmp_path, 1, model, optimizer, {}, keep=1)
+    path = store.save(tmp_path, 1, store.ModelAndOptimizer(model, optimizer), {}, keep=1)
     (path / ".metadata").write_bytes(content)
     with pytest.raises(UserError, match="cannot be loaded"):
-        store.load(path, model, optimizer)
+        store.load(path, store.ModelAndOptimizer(model, optimizer))

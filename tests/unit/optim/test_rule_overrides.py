@@ -12,8 +12,8 @@ from muonlm.config.schema import AdamWConfig, GPTConfig, MuonConfig, TrainConfig
 from muonlm.model.build import build_model
 from muonlm.optim.build import build_optimizer
 from muonlm.optim.pieces import Split
-from muonlm.optim.rules import ParamRule, assign_rules
-from muonlm.optim.rules_table import rules_table, split_text
+from muonlm.optim.rules import ParamRule, assign_rules, groups_of
+from muonlm.optim.rules_table import rules_summary, rules_table, split_text
 from muonlm.optim.schedules import set_learning_rates
 
 GPT = GPTConfig(num_layers=2, hidden_size=16, intermediate_size=24, num_heads=2, num_kv_heads=1)
@@ -227,6 +227,23 @@ def test_the_table_lists_everything_and_then_the_plan():
     assert "exchange plan" not in rules_table(
         assign_rules(model, AdamWConfig()), build_optimizer(model, AdamWConfig()).plan()
     )
+
+
+def test_the_summary_has_a_line_a_group_and_no_other_line_a_parameter():
+    model = build_model(GPT, 32, 0)
+    config = muon({"names": ["*.q_proj.weight"], "lr": 0.5, "weight_decay": 0.25})
+    rules = assign_rules(model, config)
+    table = rules_table(rules, build_optimizer(model, config, iterate_dtype=torch.float32, rules=rules).plan())
+    *groups, total, plan = rules_summary(table).splitlines()
+    assert [line.partition(":")[0] for line in groups] == [f"group {rule}" for rule in groups_of(rules)]
+    (line,) = [line for line in groups if line.startswith("group hidden.1: ")]
+    members = [rule for rule in rules if rule.group == "hidden.1"]
+    assert (
+        line
+        == f"group hidden.1: {len(members)} parameters, {16 * 16 * len(members):,} elements, muon, lr 0.5, decay 0.25"
+    )
+    assert total.startswith(f"total: {len(rules)} parameters, ")
+    assert plan.startswith("exchange plan: 14 matrices on 1 rank in 1 round; ")
 
 
 @pytest.mark.parametrize(

@@ -269,7 +269,7 @@ def test_only_hidden_matrices_get_muon():
     assert rules["scale.weight"].weight_decay == 0
     table = rules_table(list(rules.values()))
     assert "embed_head_norm.weight" in table
-    assert "group hidden: 1 parameters, 64 elements, muon" in table
+    assert "group hidden: 1 parameter, 64 elements, muon, lr 0.5, decay 0.3\n" in table
 
 
 @pytest.mark.parametrize("config", [MuonConfig(), AdamWConfig(lr=0.5, beta2=0.9)])
