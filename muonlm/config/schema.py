@@ -139,7 +139,7 @@ class DistConfig(Section):
         "torch", "What averages gradients and cuts the model: torch with our ZeRO, or DeepSpeed (zero = 1, 2 or 3)."
     )
     deepspeed_config: str | None = field(
-        None, 'JSON file with further keys of DeepSpeed\'s configuration, such as offload (engine = "deepspeed").'
+        None, 'JSON file whose `zero_optimization` goes to DeepSpeed: offload, bucket sizes (engine = "deepspeed").'
     )
     replicas: int = field(
         1, "Copies of the model, each cut over its own share of the ranks (HSDP); more than 1 needs zero = 3.", ge=1

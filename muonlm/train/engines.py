@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,12 +27,16 @@ from muonlm.optim.zero import ZeroDataParallel
 
 @dataclass(frozen=True)
 class Running:
-    """`wrapped` is to be called for the loss, `contents` to be saved; `plans` say who orthogonalizes what."""
+    """`wrapped` is to be called for the loss, `contents` to be saved; `plans` say who orthogonalizes what.
+
+    `about` is for environment.json.
+    """
 
     wrapped: nn.Module
     optimizer: StepOptimizer
     contents: Contents
     plans: tuple[Plan, ...]
+    about: dict[str, Any] = field(default_factory=dict)
 
 
 def start_engine(
@@ -71,7 +76,7 @@ def _deepspeed(
 
     batch = {"num_ranks": mesh.data_size, "micro_batch": micro_batch}
     wrapped, optimizer = start(model, config, dtype=dtype, iterate_dtype=iterate_dtype, **batch)
-    return Running(wrapped, optimizer, EngineTensors(wrapped.engine), tuple(optimizer.plans()))
+    return Running(wrapped, optimizer, EngineTensors(wrapped.engine), tuple(optimizer.plans()), wrapped.about())
 
 
 def _fill(model: GPT, config: TrainConfig, mesh: Mesh, init_from: str | None) -> None:

@@ -135,6 +135,7 @@ def build(config: TrainConfig, world: World, recorded: dict[str, Any], init_from
         environment={
             **describe_machine(world),
             **decided,
+            **running.about,
             "ranks": mesh.grid._asdict(),
             "tokenizer_fingerprint": train_data.tokenizer_fingerprint,
             "validation_fingerprint": validation_data.fingerprint,

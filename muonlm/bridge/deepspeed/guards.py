@@ -63,6 +63,7 @@ def _name(config: Mapping[str, Any]) -> str:
     return str(_at(config, "optimizer.type", "")).lower()
 
 
+_QUANTIZED = ("weights", "nontrainable_weights", "gradients")
 # Key, whether it is refused, and the reason; those about DeepSpeed's own Muon are measured in docs/deepspeed.md.
 _REFUSED: tuple[tuple[str, Callable[[Mapping[str, Any]], bool], str], ...] = (
     (
@@ -94,6 +95,11 @@ _REFUSED: tuple[tuple[str, Callable[[Mapping[str, Any]], bool], str], ...] = (
         "zero_optimization.zero_hpz_partition_size",
         lambda c: _number(c, "zero_optimization.zero_hpz_partition_size", 1) > 1,
         "secondary partitions are not tested. Leave it at 1",
+    ),
+    (
+        "zero_optimization.zero_quantized_weights, zero_quantized_nontrainable_weights, zero_quantized_gradients",
+        lambda c: any(_is_on(f"zero_optimization.zero_quantized_{kind}")(c) for kind in _QUANTIZED),
+        "what is quantized on its way trains something else than one process. Remove them",
     ),
     (
         "zero_optimization.mics_shard_size",

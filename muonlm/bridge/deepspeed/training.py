@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from muonlm.bridge.deepspeed.bound import PartitionShard
@@ -24,11 +25,12 @@ from muonlm.bridge.deepspeed.guards import check_config, check_version
 from muonlm.bridge.deepspeed.optimizer import DeepSpeedMuon, bind, muon_for_deepspeed
 from muonlm.config.errors import UserError
 from muonlm.config.schema import TrainConfig
+from muonlm.dist.agree import on_main, raised_on_all_ranks
 from muonlm.optim.gradients import GradNorms, GroupShards, agree_and_clip, describe
 from muonlm.optim.plan import Plan
 
 # Keys of DeepSpeed's that the configuration of a run decides, and what does.
-_OWN = {
+_DECIDED = {
     "train_batch_size": "loop.batch_size",
     "train_micro_batch_size_per_gpu": "loop.micro_batch_size",
     "gradient_accumulation_steps": "loop.batch_size and loop.micro_batch_size",
@@ -40,8 +42,8 @@ _OWN = {
     "amp": "loop.precision",
     "torch_autocast": "loop.precision",
     "data_types": "loop.precision",
-    "managed_gradient_accumulation": "the training loop",
-    "zero_optimization.stage": "dist.zero",
+    "zero_allow_untested_optimizer": "this engine",
+    "zero_force_ds_cpu_optimizer": "this engine",
 }
 
 
@@ -55,6 +57,7 @@ def import_deepspeed(device: torch.device) -> Any:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
+    os.environ.setdefault("LOCAL_RANK", "0")  # without torchrun: one process
     try:
         deepspeed = importlib.import_module("deepspeed")
     except ImportError as error:
@@ -67,10 +70,10 @@ def import_deepspeed(device: torch.device) -> Any:
 
 
 def engine_config(config: TrainConfig, num_ranks: int, micro_batch: int) -> dict[str, Any]:
-    """DeepSpeed's configuration of a run: what follows from `config`, and the keys of `dist.deepspeed_config`.
+    """DeepSpeed's configuration of a run: what `config` says, and `zero_optimization` of `dist.deepspeed_config`.
 
-    Raises UserError for a file that is no JSON object, and for keys that the run's configuration decides or that
-    `check_config` refuses.
+    Raises UserError for a file that is no JSON object, for keys that the run's configuration decides, that DeepSpeed
+    does not know, or that `check_config` refuses.
     """
     own: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch,
@@ -78,15 +81,17 @@ def engine_config(config: TrainConfig, num_ranks: int, micro_batch: int) -> dict
         "gradient_clipping": 0.0,  # the optimizer clips what AdamW updates, as under the other engines
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": {"stage": config.dist.zero},
         "steps_per_print": 2**31,
     }
-    given = {} if config.dist.deepspeed_config is None else _read(config.dist.deepspeed_config)
-    problems = [f"  {key}: {decider} decides that" for key, decider in _OWN.items() if _has(given, key)]
-    if problems:
-        raise UserError(f"dist.deepspeed_config {config.dist.deepspeed_config}: remove\n" + "\n".join(problems))
-    merged = {**own, **given, "zero_optimization": {**given.get("zero_optimization", {}), **own["zero_optimization"]}}
+    path = config.dist.deepspeed_config
+    zero = {} if path is None else _read(path)
+    merged = {**own, "zero_optimization": {**zero, "stage": config.dist.zero}}
     check_config(merged)
+    try:
+        importlib.import_module("deepspeed.runtime.zero.config").DeepSpeedZeroConfig(**merged["zero_optimization"])
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise UserError(f"dist.deepspeed_config {path}, zero_optimization: {problems}") from error
     return merged
 
 
@@ -99,12 +104,13 @@ def start(
     `bind` refuse, and for a DeepSpeed that is missing or not tested.
     """
     device = next(model.parameters()).device
-    deepspeed = import_deepspeed(device)
-    settings = engine_config(config, **batch)
+    with raised_on_all_ranks():
+        deepspeed = import_deepspeed(device)
+        optimizer = muon_for_deepspeed(
+            model, config.optim, iterate_dtype=iterate_dtype, width_ratio=config.model.width_ratio
+        )
+    settings = on_main(lambda: engine_config(config, **batch))
     _autocast_inside(model, device, dtype)
-    optimizer = muon_for_deepspeed(
-        model, config.optim, iterate_dtype=iterate_dtype, width_ratio=config.model.width_ratio
-    )
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     return LossEngine(engine), EngineOptimizer(engine, bind(engine))
 
@@ -120,6 +126,11 @@ class LossEngine(nn.Module):
     def forward(self, *args: Any) -> Any:
         """The engine's forward pass."""
         return self.engine(*args)
+
+    def about(self) -> dict[str, Any]:
+        """Version and configuration, as JSON."""
+        version = importlib.import_module("deepspeed").__version__
+        return {"deepspeed": version, "deepspeed_config": self.engine._config._param_dict}
 
     def backward(self, loss: Tensor) -> None:
         """Add up the gradients of `loss`. Collectives: DeepSpeed's."""
@@ -203,17 +214,20 @@ def _autocast_inside(model: nn.Module, device: torch.device, dtype: torch.dtype)
 
 
 def _read(path: str) -> dict[str, Any]:
+    """Its `zero_optimization`. Raises UserError for any other key, with what decides that."""
     try:
         given = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"dist.deepspeed_config {path} cannot be read: {error}") from error
-    if not isinstance(given, dict) or not isinstance(given.get("zero_optimization", {}), dict):
+    zero = given.get("zero_optimization", {}) if isinstance(given, dict) else None
+    if not isinstance(zero, dict):
         raise UserError(f"dist.deepspeed_config {path} must be a JSON object, and zero_optimization in it, too")
-    return given
-
-
-def _has(given: Mapping[str, Any], path: str) -> bool:
-    *sections, key = path.split(".")
-    for section in sections:
-        given = given.get(section, {})
-    return key in given
+    problems = [
+        f"  {key}: " + (f"{_DECIDED[key]} decides that" if key in _DECIDED else "not taken here")
+        for key in given
+        if key != "zero_optimization"
+    ]
+    problems += ["  zero_optimization.stage: dist.zero decides that"] if "stage" in zero else []
+    if problems:
+        raise UserError(f"dist.deepspeed_config {path}: remove\n" + "\n".join(problems))
+    return zero

@@ -41,8 +41,9 @@ def test_the_script_learns_on_two_ranks(on_ranks: Callable[..., list[Any]], tmp_
     assert (tmp_path / "checkpoint" / ".metadata").is_file()
 
 
-def test_the_command_trains_under_the_engine(stdlib_data: Path, tmp_path: Path) -> None:
-    """And with the keys that the page shows."""
+@pytest.mark.parametrize("alone", [False, True])
+def test_the_command_trains_under_the_engine(stdlib_data: Path, tmp_path: Path, alone: bool) -> None:
+    """And without torchrun; with the keys that the page shows."""
     pytest.importorskip("deepspeed")
     (command,) = re.findall(r"```bash\n(torchrun .*)\n```", PAGE)
     (keys,) = re.findall(r"```json\n(.*)\n```", PAGE)
@@ -50,6 +51,8 @@ def test_the_command_trains_under_the_engine(stdlib_data: Path, tmp_path: Path) 
     (tmp_path / "data" / "stdlib").symlink_to(stdlib_data)
     (tmp_path / "offload.json").write_text(keys)
     words = [str(Path(sys.executable).with_name("torchrun")), *shlex.split(command)[1:], "loop.steps=6"]
+    if alone:
+        words = [sys.executable, *words[words.index("-m") :]]
     done = subprocess.run(
         [*words, "dist.deepspeed_config=offload.json"],
         cwd=tmp_path,
@@ -60,6 +63,10 @@ def test_the_command_trains_under_the_engine(stdlib_data: Path, tmp_path: Path) 
         check=False,
     )
     assert done.returncode == 0, done.stderr
+    recorded = json.loads((tmp_path / "runs" / "smoke-deepspeed" / "environment.json").read_text())
+    assert recorded["deepspeed"].startswith(TESTED[-1])
+    zero = json.loads(keys)["zero_optimization"]
+    assert recorded["deepspeed_config"]["zero_optimization"] == {**zero, "stage": 2}
     assert json.loads((tmp_path / "runs" / "smoke-deepspeed" / "status.json").read_text())["state"] == "finished"
 
 
