@@ -6,7 +6,7 @@ backward pass goes on; the owners update their slots, and one all_gather a bucke
 a ring: (D - 1) / D of all gradients and of all parameters, padding included: those of ZeRO-AdamW.
 
 Stage 1 accumulates whole gradients over micro-batches and reduces the sum; stage 2 reduces after every backward pass
-and frees gradients as their bucket leaves, so that no rank keeps more than a bucket and its own part of them.
+and frees gradients as their bucket leaves, so that no rank keeps more than two buckets and its own part of them.
 """
 
 from __future__ import annotations
@@ -160,6 +160,8 @@ class ZeroDataParallel(nn.Module):
         return self._next > 0 or any(bucket.is_begun for bucket in self._buckets)
 
     def _reduce_next(self) -> None:
+        # The one before (or the last one) is waited for: what it has sent is freed, so that there are two such buffers.
+        self._buckets[self._next - 1].collect()
         self._buckets[self._next].reduce()
         self._next += 1
         if self._next == len(self._buckets):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 from muonlm.config.errors import UserError
 from muonlm.optim.muon import Muon
 from muonlm.optim.zero import ZeroDataParallel
+from muonlm.optim.zero_bucket import LiveBucket
 
 
 class Model(nn.Module):
@@ -76,6 +78,38 @@ def test_gradients_of_several_backward_passes_add_up(run_ranks, stage, order) ->
     expected = run(0, 1, 0)
     for result in run_ranks(lambda rank, size: run(rank, size, stage), 2):
         assert_close(result, expected)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_two_buckets_of_gradients_are_there_at_a_time(run_ranks, monkeypatch, stage) -> None:
+    """One that fills and one on its way, of four."""
+    buckets: list[LiveBucket] = []
+    seen: list[int] = []
+
+    def counted(method: Callable[..., None]) -> Callable[..., None]:
+        def call(self: LiveBucket, *args: int) -> None:
+            method(self, *args)
+            seen.append(sum(b._send is not None or b._pending is not None for b in buckets))
+
+        return call
+
+    for name in ("take", "reduce"):
+        monkeypatch.setattr(LiveBucket, name, counted(getattr(LiveBucket, name)))
+
+    def run(rank: int, size: int) -> list[int]:
+        model = nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(8)))
+        names = {name for name, _ in model.named_parameters()}
+        engine = ZeroDataParallel(model, matrices=names, stage=stage, bucket_bytes=2 * 8 * 8 * 4)
+        buckets.extend(engine._buckets)
+        optimizer = Muon([{"params": list(model.named_parameters())}], dtype=torch.float32, sharding=engine)
+        for _ in range(2):
+            engine(data(rank)).square().mean().backward()
+        optimizer.step()
+        return seen
+
+    for counts in run_ranks(run, 2):
+        assert len(counts) >= 2 * 12
+        assert max(counts) == 2
 
 
 @pytest.mark.parametrize("way", ["in place", "data", "load a part"])
