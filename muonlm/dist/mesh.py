@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -74,7 +75,9 @@ class Mesh:
         replicate, shard, tensor, _ = self.grid
         if self.devices is None or (shard == 1 and (replicate == 1 or tensor == 1)):
             return None
-        return self.devices["replicate", "shard"] if replicate > 1 else self.devices["shard"]
+        with warnings.catch_warnings():  # of slices of a flattened axis: FSDP2 needs them, and torch has no other yet
+            warnings.filterwarnings("ignore", "Slicing a flattened dim")
+            return self.devices["replicate", "shard"] if replicate > 1 else self.devices["shard"]
 
 
 def make_mesh(config: TrainConfig, world: World) -> Mesh:
