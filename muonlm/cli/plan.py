@@ -31,7 +31,8 @@ def add(commands: Any) -> None:
         keys_of="train",
         help="parameters, memory, traffic, FLOPs and predicted time of a run before it starts",
         description="Parameters, memory, traffic, FLOPs and predicted time of a run, from its config, on any machine.\n"
-        "Exit code 1 where it cannot fit into memory. What the lines mean: docs/planning.md.",
+        "Exit code 1 where it cannot fit into memory, without --gpu and --nodes into what this machine has\n"
+        "left. What the lines mean: docs/planning.md.",
     )
     add_config(parser, "train", dry_run=False)
     add = parser.add_argument
@@ -68,6 +69,8 @@ def run(args: argparse.Namespace) -> int:
     vocab_size = find_vocab_size(config, args.vocab_size)
     plan = forecast(config, vocab_size=vocab_size, world_size=world_size, machines=machines)
     print(render(plan))
+    if config.dist.engine != "torch":
+        print(f'dist.engine = "{config.dist.engine}": what torch\'s engine keeps and sends is planned, and no offload')
     if args.json:
         try:
             args.json.write_text(json.dumps(plan.to_dict(), indent=1) + "\n")
@@ -79,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
 def _machines(args: argparse.Namespace) -> tuple[int, Machines]:
     """Number of ranks, and what they run on."""
     from muonlm.plan.hardware import Machines, find_device
+    from muonlm.plan.machine import host_memory_bytes
 
     in_nodes = args.nodes is not None or args.gpus_per_node is not None
     if in_nodes and args.world_size is not None:
@@ -94,7 +98,12 @@ def _machines(args: argparse.Namespace) -> tuple[int, Machines]:
     }
     device = replace(device, **{key: value for key, value in given.items() if value is not None})
     shares = {key: getattr(args, key) for key in _SHARES if getattr(args, key) is not None}
-    return world_size, Machines(name, device, per_node if in_nodes else world_size, **shares)
+    machines = Machines(name, device, per_node if in_nodes else world_size, **shares)
+    if args.gpu or in_nodes or args.memory_gb or (left := host_memory_bytes()) is None:
+        return world_size, machines
+    # No hardware is named: what `muonlm train` would find here, which keeps no margin.
+    device = replace(device, memory_bytes=left // world_size)
+    return world_size, replace(machines, device=device, usable_share=args.usable_share or 1.0, is_here=True)
 
 
 def find_vocab_size(config: TrainConfig, given: int | None) -> int:
@@ -121,7 +130,10 @@ def find_vocab_size(config: TrainConfig, given: int | None) -> int:
         tokenizer = load_prepare(config.data.prepare).tokenizer
         if tokenizer.existing is None:
             return tokenizer.vocab_size
-    raise UserError(f"the vocabulary is not known before {config.data.path} is prepared; give --vocab-size N")
+    raise UserError(
+        f"the vocabulary is not known before {config.data.path} is prepared; give --vocab-size N to muonlm plan, or "
+        "set model.vocab_size=N"
+    )
 
 
 def _positive(text: str) -> int:

@@ -56,12 +56,17 @@ def add(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check the job, then print or submit it."""
-    from muonlm.launch.job import check
+    from muonlm.launch.job import check, unprepared_data
     from muonlm.launch.scripts import render
     from muonlm.launch.send import send
 
     job = _job(args)
     check(job)
+    for path, config in unprepared_data(job):
+        if args.dry_run:
+            print(_unprepared(path, config), file=sys.stderr)
+        elif config is None:
+            raise UserError(_unprepared(path, config))
     if args.gpu:
         _check_memory(job, args.gpu)
     script = render(job)
@@ -99,6 +104,15 @@ def _job(args: argparse.Namespace) -> Job:
         max_restarts=args.max_restarts,
         templates=args.templates,
         **{key: value for key, value in given.items() if value},
+    )
+
+
+def _unprepared(path: Path, config: str | None) -> str:
+    if config is not None:
+        return f"no prepared data in {path} yet: the job prepares them at its start (data.prepare={config})"
+    return (
+        f"no prepared data in {path}, and data.prepare names no config that would write them; muonlm data prepare ... "
+        f"output={path} does, and --workdir says where relative paths begin"
     )
 
 

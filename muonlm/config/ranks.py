@@ -69,11 +69,14 @@ def micro_batch_size(config: TrainConfig, num_data_ranks: int) -> int:
     per_pass = num_data_ranks * (micro or 1)
     if batch_size % per_pass:
         near = max(batch_size // per_pass, 1) * per_pass
+        # A smaller micro-batch trains the same.
+        smaller = [n for n in _divisors(batch_size // num_data_ranks) if micro and n < micro]
         raise UserError(
             f"loop.batch_size {batch_size} is not divisible by {num_data_ranks} {_data_ranks(config)}"
             + (f" x loop.micro_batch_size {micro}" if micro else "")
-            + f" = {per_pass}; take loop.batch_size={near}, or another number of ranks"
-            + (" or micro-batch" if micro else "")
+            + f" = {per_pass}; take "
+            + (f"loop.micro_batch_size={smaller[-1]}, or " if smaller and batch_size % num_data_ranks == 0 else "")
+            + f"loop.batch_size={near}, or another number of ranks"
         )
     return micro or batch_size // num_data_ranks
 

@@ -112,7 +112,6 @@ def check(job: Job) -> None:
         device = run.config.loop.device
         if device == "cuda" and not job.gpus_per_node:
             raise UserError(f'loop.device = "cuda" of {run.config.name} needs --gpus-per-node')
-        _check_data(job, run.config)
         if device == "cpu" and job.gpus_per_node:
             raise UserError(
                 f'loop.device = "cpu" of {run.config.name} leaves --gpus-per-node {job.gpus_per_node} idle; give '
@@ -127,14 +126,15 @@ def _check_ranks(config: TrainConfig, world_size: int) -> None:
         raise UserError(f"{config.name} on {world_size} ranks: {error}") from None
 
 
-def _check_data(job: Job, config: TrainConfig) -> None:
-    """Data that the job would look for in vain, where this machine sees what the job will see."""
-    path = Path(job.workdir, config.data.path)
-    if job.container is None and config.data.prepare is None and not (path / MANIFEST_NAME).is_file():
-        raise UserError(
-            f"{config.name}: no prepared data in {path}, and data.prepare names no config that would write them; "
-            "muonlm data prepare does, and --workdir says where relative paths begin"
-        )
+def unprepared_data(job: Job) -> list[tuple[Path, str | None]]:
+    """Directories without prepared data, each with the data config by which the job prepares them; None without one.
+
+    Empty for a job in a container, whose files this machine may not see.
+    """
+    if job.container is not None:
+        return []
+    used = dict.fromkeys((Path(job.workdir, run.config.data.path), run.config.data.prepare) for run in job.runs)
+    return [(path, config) for path, config in used if not (path / MANIFEST_NAME).is_file()]
 
 
 # Option -> the targets that know it.

@@ -119,13 +119,13 @@ def _is_stronger(changes: Changes, other: Changes) -> bool:
 def _fitting(changes: Changes, like: Model, world_size: int, memory_bytes: int) -> Changes | None:
     """The changes, and those of the batch that must go with them; None where they do not fit."""
     try:
-        model = _changed(changes, like, world_size)
+        model = changed(changes, like, world_size)
     except UserError:
         return None
     data = model.layout.grid.data
     if model.config.loop.batch_size % data:  # more ranks than the batch has sequences for
         changes = {**changes, "loop.batch_size": -(-model.config.loop.batch_size // data) * data}
-        model = _changed(changes, like, world_size)
+        model = changed(changes, like, world_size)
     largest = largest_micro_batch(model, memory_bytes)
     if largest is None:
         return None
@@ -135,7 +135,8 @@ def _fitting(changes: Changes, like: Model, world_size: int, memory_bytes: int) 
     return changes
 
 
-def _changed(changes: Changes, like: Model, world_size: int) -> Model:
+def changed(changes: Changes, like: Model, world_size: int) -> Model:
+    """The model of a run with other values of keys, on that many ranks. Raises UserError for what cannot be."""
     raw = like.config.model_dump()
     for key, value in changes.items():
         table, _, name = key.partition(".")

@@ -7,11 +7,11 @@ from typing import Any
 
 from muonlm.config.schema import TrainConfig
 from muonlm.model.flops import count_parameters
+from muonlm.plan.advice import advise
 from muonlm.plan.fit import largest_micro_batch, misfit
 from muonlm.plan.hardware import Machines
-from muonlm.plan.memory import Memory, Model, make_model, memory_of
-from muonlm.plan.owners import Owners, find_owners
-from muonlm.plan.parameters import FP32_BYTES, wire_bytes
+from muonlm.plan.memory import Memory, make_model, memory_of
+from muonlm.plan.owners import Owners
 from muonlm.plan.time import StepFlops, StepTime, step_flops, step_time
 from muonlm.plan.traffic import Transfer, transfers
 
@@ -31,6 +31,7 @@ class Forecast:
         flops, time: of an optimizer step; time is a prediction.
         largest_micro_batch: that fits; None where none does or the memory is not known.
         misfit: why the run does not fit, and what would; None where it does.
+        advice: what takes the time of a slow step, and what is predicted to be faster; None where it is not slow.
     """
 
     config: TrainConfig
@@ -50,6 +51,7 @@ class Forecast:
     time: StepTime
     largest_micro_batch: int | None
     misfit: str | None
+    advice: str | None
 
     @property
     def days(self) -> float:
@@ -72,7 +74,10 @@ class Forecast:
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain data, for JSON."""
         out = {name: getattr(self, name) for name in ("world_size", "engine", "grid", "parameters", "tokens", "steps")}
-        out |= {name: getattr(self, name) for name in ("micro_batch", "micro_steps", "largest_micro_batch", "misfit")}
+        out |= {
+            name: getattr(self, name)
+            for name in ("micro_batch", "micro_steps", "largest_micro_batch", "misfit", "advice")
+        }
         between = [transfer.between_nodes(self.machines.per_node) for transfer in self.sent]
         return {
             "schema": "muonlm-plan/1",
@@ -97,13 +102,15 @@ def forecast(config: TrainConfig, *, world_size: int, vocab_size: int, machines:
     """
     model = make_model(config, world_size=world_size, vocab_size=vocab_size, device=machines.device.kind)
     micro_batch, machines = model.micro_batch, machines.with_shares(compiled=config.loop.compile)
-    owners = _owners(model)
+    owners = model.owners
     memory, sent, flops = (
         memory_of(model, micro_batch),
         transfers(model, owners, micro_batch),
         step_flops(model, owners),
     )
+    time = step_time(model, memory, owners, flops, sent, machines)
     usable = machines.usable_bytes
+    wrong = misfit(model, usable) if usable else None
     return Forecast(
         config=config,
         machines=machines,
@@ -119,14 +126,8 @@ def forecast(config: TrainConfig, *, world_size: int, vocab_size: int, machines:
         sent=sent,
         owners=owners,
         flops=flops,
-        time=step_time(model, memory, owners, flops, sent, machines),
+        time=time,
         largest_micro_batch=largest_micro_batch(model, usable) if usable else None,
-        misfit=misfit(model, usable) if usable else None,
+        misfit=wrong,
+        advice=None if wrong else advise(model, time, machines),
     )
-
-
-def _owners(model: Model) -> Owners:
-    """Muon's balance. Where ZeRO's buckets would take long to plan, that of matrices which every rank holds."""
-    is_muon = model.config.optim.kind == "muon"
-    size = wire_bytes(model.config, model.device) if is_muon else FP32_BYTES
-    return find_owners(model.config, model.weights, model.layout, size, model.buckets)

@@ -64,6 +64,7 @@ class Machines:
         link_share: of bandwidths, memory's too.
         overlap_share: of the model's computation, behind which FSDP2, DDP and ZeRO can hide what they send.
         usable_share: of the memory, after the device's context and the allocator's fragments.
+        is_here: the device is this machine, its memory a rank's part of what is left here.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Machines:
     link_share: float = 0.7
     overlap_share: float = 0.8
     usable_share: float = 0.95
+    is_here: bool = False
 
     def with_shares(self, *, compiled: bool) -> Machines:
         """With a share of products for a run that torch.compile compiles or not, unless one is given."""

@@ -11,7 +11,7 @@ from muonlm.config.ranks import micro_batch_size
 from muonlm.config.schema import TrainConfig
 from muonlm.optim.buckets import Bucket
 from muonlm.plan.activations import Activations, activations
-from muonlm.plan.owners import zero_buckets
+from muonlm.plan.owners import Owners, find_owners, zero_buckets
 from muonlm.plan.parameters import (
     FP32_BYTES,
     Layout,
@@ -118,9 +118,22 @@ class Model:
         """Sequences of a forward pass of a rank, as configured. Raises UserError when the batch does not divide."""
         return micro_batch_size(self.config, self.layout.grid.data)
 
+    @cached_property
+    def owners(self) -> Owners:
+        """Muon's balance. Where ZeRO's buckets would take long to plan, that of matrices which every rank holds."""
+        is_muon = self.config.optim.kind == "muon"
+        size = wire_bytes(self.config, self.device) if is_muon else FP32_BYTES
+        return find_owners(self.config, self.weights, self.layout, size, self.buckets)
+
 
 def make_model(config: TrainConfig, *, world_size: int, vocab_size: int, device: str) -> Model:
-    """The model of a run. Raises UserError where ranks do not divide as `dist` asks."""
+    """The model of a run. Raises UserError where ranks do not divide as `dist` asks.
+
+    What DeepSpeed keeps where is much what torch's engine keeps, so that that one is planned.
+    """
+    if config.dist.engine != "torch":
+        dist = config.dist.model_copy(update={"engine": "torch", "deepspeed_config": None})
+        config = config.model_copy(update={"dist": dist})
     return Model(config, world_size, vocab_size, device, layout_of(config, world_size), weights(config, vocab_size))
 
 

@@ -104,23 +104,13 @@ def _work(plan: Forecast) -> Table:
 def _time(plan: Forecast) -> Table:
     time = plan.time
     table = _table("", "seconds", "share")
-    rows = {
-        "products of the model": time.compute,
-        "gathers and reductions that nothing hides": time.exposed,
-        "tensor and expert parallelism": time.tensor,
-        "optimizer, elementwise": time.elementwise,
-        "Newton-Schulz": time.newton_schulz,
-        "Muon's exchange": time.exchange,
-        "together": time.total,
-    }
-    for name, seconds in rows.items():
+    for name, seconds in {**time.rows, "together": time.total}.items():
         if seconds:
             table.add_row(name, f"{seconds:.3g}", f"{seconds / time.total:.1%}")
     return table
 
 
 def _verdict(plan: Forecast) -> Text:
-    micro = f"{plan.micro_batch} sequences, {plan.micro_steps} a step"
     machines, device = plan.machines, plan.machines.device
     lines = [
         f"assumed: products at {machines.matmul_share:.0%} of {scaled(device.peak_flops, 'FLOP/s')}, Newton-Schulz at "
@@ -130,17 +120,26 @@ def _verdict(plan: Forecast) -> Text:
         f"model FLOP utilisation {plan.time.mfu:.1%}, Muon's share of a step {plan.time.muon_share:.2%} (predicted)",
         f"{plan.steps:,} steps, {scaled(plan.tokens)} tokens: {_days(plan.days)}, {plan.rank_hours:,.4g} "
         f"{'GPU' if device.kind == 'cuda' else 'rank'}-hours (predicted, without evaluations and checkpoints)",
-        f"micro-batch of {micro}",
+        _batch(plan),
     ]
     if device.memory_bytes:
-        lines[-1] += f"; largest that fits: {plan.largest_micro_batch or 'none'}"
-        lines.append(
-            f"memory {scaled(plan.memory.peak, 'B')} of {scaled(plan.machines.usable_bytes, 'B')} "
-            f"({plan.machines.usable_share:.0%} of {scaled(device.memory_bytes, 'B')})"
-        )
-    if plan.misfit:
-        lines.append(f"does not fit: {plan.misfit}")
+        share, there = f"{machines.usable_share:.0%}", scaled(device.memory_bytes, "B")
+        whose = f"{share} of a rank's part of what this machine has left" if machines.is_here else f"{share} of {there}"
+        lines.append(f"memory {scaled(plan.memory.peak, 'B')} of {scaled(machines.usable_bytes, 'B')} ({whose})")
+    lines += [f"does not fit: {plan.misfit}"] if plan.misfit else [plan.advice] if plan.advice else []
     return Text("\n".join(lines))
+
+
+def _batch(plan: Forecast) -> str:
+    """What a rank computes in a step, and how much of it would fit at once."""
+    share = plan.micro_batch * plan.micro_steps
+    batches = f"{plan.micro_steps:,} micro-batch{'es' if plan.micro_steps > 1 else ''} of {plan.micro_batch:,}"
+    text = f"a rank has {share:,} of a step's {plan.config.loop.batch_size:,} sequences, in {batches}"
+    if not plan.machines.usable_bytes:
+        return text
+    largest = plan.largest_micro_batch
+    fits = "none" if largest is None else f"{largest:,}" + (", all that it has" if largest == share else "")
+    return f"{text}; largest micro-batch that fits: {fits}"
 
 
 def _days(days: float) -> str:

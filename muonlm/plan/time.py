@@ -50,10 +50,21 @@ class StepTime:
     mfu: float
 
     @property
+    def rows(self) -> dict[str, float]:
+        """Seconds by name."""
+        return {
+            "products of the model": self.compute,
+            "gathers and reductions that nothing hides": self.exposed,
+            "tensor and expert parallelism": self.tensor,
+            "optimizer, elementwise": self.elementwise,
+            "Newton-Schulz": self.newton_schulz,
+            "Muon's exchange": self.exchange,
+        }
+
+    @property
     def total(self) -> float:
         """Seconds of a step."""
-        muon = self.newton_schulz + self.exchange
-        return self.compute + self.exposed + self.tensor + self.elementwise + muon
+        return sum(self.rows.values())
 
     @property
     def muon_share(self) -> float:

@@ -21,6 +21,7 @@ from muonlm.data.prepare import prepare_if_missing
 from muonlm.dist import collectives, process
 from muonlm.dist.agree import on_main, raised_on_all_ranks
 from muonlm.dist.process import World
+from muonlm.optim.rules_table import rules_summary
 from muonlm.track.tracker import Tracker
 from muonlm.train.evaluate import evaluate
 from muonlm.train.preemption import StopSignals
@@ -109,12 +110,10 @@ def _train(config: TrainConfig, world: World, run: RunDirectory, stop: StopSigna
 
 
 def _show_rules(parts: Parts, run: RunDirectory) -> None:
-    """The rules, and of the exchange plan its first line: rules.txt has a line for each matrix."""
+    """The rules by group: rules.txt has a line for each parameter, and for each matrix of the exchange plan."""
     if parts.world.is_main and parts.config.track.console:
-        rules, title, plan = parts.rules.partition("exchange plan:")
-        where = f"; each matrix: {run.path / 'rules.txt'}" if plan else ""
         with suppress(OSError):  # a terminal or pipe that has gone is no reason to stop the run
-            print(rules + title + plan.partition("\n")[0] + where, flush=True)
+            print(f"{rules_summary(parts.rules)}\neach parameter and matrix: {run.path / 'rules.txt'}", flush=True)
 
 
 def _is_due(step: int, interval: int) -> bool:

@@ -208,7 +208,6 @@ def _check_memory(config: TrainConfig, world: World, vocab_size: int, decided: d
         return
     raw = config.model_dump()
     raw["loop"]["precision"] = decided["precision"]
-    raw["dist"] |= {"engine": "torch", "deepspeed_config": None}  # what is kept where is much the same
     if config.optim.kind == "muon":
         raw["optim"]["newton_schulz"]["dtype"] = decided["newton_schulz_dtype"]
     check_fits(

@@ -27,7 +27,7 @@ def test_train_configs_can_be_planned(name: str, capsys: pytest.CaptureFixture[s
     """On the GPUs that the file is for, it fits into their memory."""
     assert load_train(name).name == name
     text = (CONFIGS / "train" / f"{name.removesuffix('-adamw')}.toml").read_text()
-    where = ["--world-size", "1"]
+    where = ["--world-size", "1", "--memory-gb", "80"]
     if machines := re.search(r"for (\d+) GPUs(?:, (\d+) nodes of 8 H100)?", text):
         gpus, nodes = int(machines[1]), int(machines[2] or 1)
         where = ["--nodes", str(nodes), "--gpus-per-node", str(gpus // nodes), "--gpu", "h100-80gb"]

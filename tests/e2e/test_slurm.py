@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,33 +55,6 @@ SlurmdParameters=config_overrides
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2 CoresPerSocket=2 RealMemory=4000
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2 CoresPerSocket=2 RealMemory=4000
 PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
-"""
-CONFIG = """\
-name = "job"
-[data]
-path = {data}
-seq_len = 32
-[model]
-num_layers = 1
-hidden_size = 32
-intermediate_size = 64
-num_heads = 2
-[schedule]
-warmup_steps = 5
-[loop]
-steps = {steps}
-batch_size = 16
-precision = "float32"
-device = "cpu"
-threads = 1
-[optim.newton_schulz]
-dtype = "float32"
-[eval]
-interval_steps = 0
-final_tokens = 2048
-[track]
-interval_steps = 1
-console = false
 """
 
 
@@ -213,13 +187,6 @@ def _count_idle(environment: dict[str, str]) -> int:
     return done.stdout.split().count("idle")
 
 
-def write_config(folder: Path, data: Path, steps: int) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "job.toml"
-    path.write_text(CONFIG.format(data=json.dumps(str(data)), steps=steps))
-    return path
-
-
 def records(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
@@ -256,10 +223,10 @@ def progress(run: Path) -> tuple[int, int]:
     return status["attempt"], status["step"]
 
 
-def test_preempted_twice_in_two_ways_ends_as_uninterrupted(cluster: Cluster, stdlib_data: Path) -> None:
+def test_preempted_twice_in_two_ways_ends_as_uninterrupted(cluster: Cluster, write_config: Callable[..., None]) -> None:
     folder = cluster.base / "a folder"  # with a space, which every script has to quote
     steps = 300
-    write_config(folder, stdlib_data, steps)
+    write_config(folder, "job", steps=steps)
     options = ("job.toml", "--nodes", "2", "--ranks-per-node", "1", "--sbatch=--comment=two words", "--partition=main")
     job = cluster.submit(folder, *options, "--time", "1", "--grace", "20", "name=job-cut")
     cut = folder / "runs" / "job-cut"
@@ -275,6 +242,9 @@ def test_preempted_twice_in_two_ways_ends_as_uninterrupted(cluster: Cluster, std
     # Slurm sends CONT before the signal.
     until(lambda: len(preemptions(cut)) == 2, 120, "the signal before the time limit")
     cluster.call("scontrol", "update", f"JobId={job}", "TimeLimit=UNLIMITED")
+    for rank in held:  # they still wait where a slow start had that signal before its first steps
+        with suppress(ProcessLookupError):
+            os.kill(rank, signal.SIGCONT)
     state = cluster.wait(job, 240)
     whole = cluster.submit(folder, *options, "name=job-whole")
     cluster.wait(whole, 240)
@@ -336,27 +306,27 @@ def test_an_array_trains_the_arms_of_a_comparison(cluster: Cluster, stdlib_data:
     assert muon[-1] != adamw[-1]
 
 
-def test_what_slurm_refuses_is_an_error_with_its_reason(cluster: Cluster, stdlib_data: Path) -> None:
+def test_what_slurm_refuses_is_an_error_with_its_reason(cluster: Cluster, write_config: Callable[..., None]) -> None:
     folder = cluster.base / "refused"
-    write_config(folder, stdlib_data, 40)
+    write_config(folder, "job", steps=40)
     base = ("job.toml", "--ranks-per-node", "1")
     assert "invalid partition specified: nowhere" in cluster.submit(folder, *base, "--partition=nowhere", expect=2)
     assert "sbatch refused the job" in cluster.submit(folder, *base, "--sbatch=--no-such-option", expect=2)
     assert "refused" not in cluster.call("squeue", "-h", "-o", "%Z")  # its working directory
 
 
-def test_copies_without_torchrun_are_refused(cluster: Cluster, stdlib_data: Path) -> None:
+def test_copies_without_torchrun_are_refused(cluster: Cluster, write_config: Callable[..., None]) -> None:
     folder = cluster.base / "copies"
-    write_config(folder, stdlib_data, 40)
+    write_config(folder, "job", steps=40)
     train = ("-m", "muonlm", "train", "job.toml")
     said = cluster.call("srun", "--nodes=2", "--ntasks=2", sys.executable, *train, cwd=folder, expect=2)
     assert "Slurm has 2 tasks here (SLURM_STEP_NUM_TASKS), but WORLD_SIZE is not set" in said
     assert not (folder / "runs").exists()
 
 
-def test_a_run_that_fails_fails_the_job_and_shows_why(cluster: Cluster, stdlib_data: Path) -> None:
+def test_a_run_that_fails_fails_the_job_and_shows_why(cluster: Cluster, write_config: Callable[..., None]) -> None:
     folder = cluster.base / "failing"
-    write_config(folder, stdlib_data, 40)
+    write_config(folder, "job", steps=40)
     options = (
         "job.toml",
         "--ranks-per-node",

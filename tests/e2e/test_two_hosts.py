@@ -20,34 +20,9 @@ import pytest
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 ROOT = Path(__file__).parents[2]
-CONFIG = """\
-name = "hosts"
-[data]
-path = {data}
-seq_len = 32
-[model]
-num_layers = 1
-hidden_size = 32
-intermediate_size = 64
-num_heads = 2
-[schedule]
-warmup_steps = 5
-[loop]
-steps = {steps}
-batch_size = 16
-precision = "float32"
-device = "cpu"
-threads = 1
-[optim.newton_schulz]
-dtype = "float32"
-[eval]
-interval_steps = 0
-final_tokens = 2048
+MORE = """\
 [checkpoint]
 interval_steps = 10
-[track]
-interval_steps = 1
-console = false
 [dist]
 timeout_s = 8
 """
@@ -189,10 +164,10 @@ def ended(processes: list[subprocess.Popen[str]], folder: Path, timeout_s: float
 
 
 def test_two_hosts_train_as_one_process_and_survive_a_lost_link(
-    hosts: Hosts, stdlib_data: Path, tmp_path: Path
+    hosts: Hosts, write_config: Callable[..., None], tmp_path: Path
 ) -> None:
     steps = 250
-    (tmp_path / "hosts.toml").write_text(CONFIG.format(data=json.dumps(str(stdlib_data)), steps=steps))
+    write_config(tmp_path, "hosts", steps=steps, more=MORE)
     jobs = hosts.train(tmp_path, "name=hosts-cut", "loop.micro_batch_size=8")
     cut = tmp_path / "runs" / "hosts-cut"
     until(lambda: step_of(cut) > 25 or any(job.poll() is not None for job in jobs), 90, lambda: said(tmp_path))
@@ -218,9 +193,11 @@ def test_two_hosts_train_as_one_process_and_survive_a_lost_link(
     assert max(abs(a - b) for a, b in itertools.zip_longest(one, losses(cut), fillvalue=9.0)) < 1e-4
 
 
-def test_one_host_finishes_what_the_other_one_leaves(hosts: Hosts, stdlib_data: Path, tmp_path: Path) -> None:
+def test_one_host_finishes_what_the_other_one_leaves(
+    hosts: Hosts, write_config: Callable[..., None], tmp_path: Path
+) -> None:
     steps = 150
-    (tmp_path / "hosts.toml").write_text(CONFIG.format(data=json.dumps(str(stdlib_data)), steps=steps))
+    write_config(tmp_path, "hosts", steps=steps, more=MORE)
     jobs = hosts.train(tmp_path, "--elastic", "1", "name=hosts-left", "loop.micro_batch_size=8")
     left = tmp_path / "runs" / "hosts-left"
     until(lambda: step_of(left) > 25, 90, lambda: said(tmp_path))
@@ -234,17 +211,19 @@ def test_one_host_finishes_what_the_other_one_leaves(hosts: Hosts, stdlib_data: 
 
 
 def test_a_name_that_resolves_to_loopback_is_an_error_that_says_what_to_set(
-    hosts: Hosts, stdlib_data: Path, tmp_path: Path
+    hosts: Hosts, write_config: Callable[..., None], tmp_path: Path
 ) -> None:
-    (tmp_path / "hosts.toml").write_text(CONFIG.format(data=json.dumps(str(stdlib_data)), steps=10))
+    write_config(tmp_path, "hosts", steps=10, more=MORE)
     jobs = hosts.train(tmp_path, "--max-restarts", "0", "name=hosts-looped", without=("--interface", "eth0"))
     assert 0 not in ended(jobs, tmp_path, 90)
     assert "ranks 0 to 1 would use gloo over 127.0.1.1" in said(tmp_path)
     assert "GLOO_SOCKET_IFNAME=eth0" in said(tmp_path)
 
 
-def test_a_head_whose_name_is_loopback_is_refused(hosts: Hosts, stdlib_data: Path, tmp_path: Path) -> None:
-    (tmp_path / "hosts.toml").write_text(CONFIG.format(data=json.dumps(str(stdlib_data)), steps=10))
+def test_a_head_whose_name_is_loopback_is_refused(
+    hosts: Hosts, write_config: Callable[..., None], tmp_path: Path
+) -> None:
+    write_config(tmp_path, "hosts", steps=10, more=MORE)
     command = (sys.executable, "-m", "muonlm", "submit", "--to", "torchrun", "--nodes", "2", "--ranks-per-node", "1")
     job = hosts.start(0, *command, "hosts.toml", "--head", f"{hosts.names[0]}:29400", cwd=tmp_path)
     assert ended([job], tmp_path, 30) == [2]

@@ -278,6 +278,35 @@ def test_what_cannot_run_is_refused_before_it_is_sent(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("target", ["torchrun", "slurm-array"])
+def test_a_printed_job_may_wait_for_its_data(target: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["submit", "--to", target.partition("-")[0], "smoke", *TARGETS[target], "--dry-run"]
+    data = folder / "data" / "stdlib"
+    for more, said in (
+        ([], f"no prepared data in {data} yet: the job prepares them at its start (data.prepare=stdlib)\n"),
+        (["data.prepare="], f"muonlm data prepare ... output={data} does"),
+        (["--workdir", "/elsewhere"], "no prepared data in /elsewhere/data/stdlib yet"),
+    ):
+        assert main([*words, *more]) == 0
+        printed = capsys.readouterr()
+        assert printed.out.startswith("#!/usr/bin/env bash\n")
+        assert said in printed.err
+        assert printed.err.count("no prepared data") == 1
+    data.mkdir(parents=True)
+    (data / "manifest.json").touch()
+    assert main([*words, "data.prepare="]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_data_that_only_a_container_sees_are_not_missed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for target in ("k8s", "slurm-pyxis"):
+        assert (
+            main(["submit", "--to", target.partition("-")[0], "smoke", *TARGETS[target], "--dry-run", "data.prepare="])
+            == 0
+        )
+        assert capsys.readouterr().err == ""
+
+
 def test_a_run_that_does_not_fit_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["submit", "smoke", "--to", "slurm", "--gpus-per-node", "1", "--gpu", "h100-80gb", "--dry-run"]
     assert main(arguments) == 0

@@ -167,7 +167,8 @@ def test_settings_that_save_memory(make: Make) -> None:
 
 @pytest.mark.parametrize(("world_size", "micro"), [(3, None), (2, 3), (16, None)])
 def test_batch_that_does_not_divide(make: Make, plan_of: PlanOf, world_size: int, micro: int | None) -> None:
-    with pytest.raises(UserError, match=r"loop\.batch_size 8 is not divisible"):
+    message = r"loop\.batch_size 8 is not divisible"
+    with pytest.raises(UserError, match=message):
         plan_of(make(**{"loop.micro_batch_size": micro}), world_size)
 
 
