@@ -60,7 +60,7 @@ def start_engine(
     if config.loop.compile:
         model.compile_parts()
     if config.dist.engine == "deepspeed":
-        _fill(model, config, mesh, init_from)
+        _fill(model, config, torch.device("cpu") if config.dist.zero == 3 else mesh.device, init_from)
         return _deepspeed(model, config, mesh, dtype, iterate_dtype, micro_batch)
     wrapped, sharding = _spread(model, rules, mesh, config, dtype, init_from)
     with raised_on_all_ranks():
@@ -75,12 +75,12 @@ def _deepspeed(
     from muonlm.bridge.deepspeed.training import start
 
     batch = {"num_ranks": mesh.data_size, "micro_batch": micro_batch}
-    wrapped, optimizer = start(model, config, dtype=dtype, iterate_dtype=iterate_dtype, **batch)
+    wrapped, optimizer = start(model, config, device=mesh.device, dtype=dtype, iterate_dtype=iterate_dtype, **batch)
     return Running(wrapped, optimizer, EngineTensors(wrapped.engine), tuple(optimizer.plans()), wrapped.about())
 
 
-def _fill(model: GPT, config: TrainConfig, mesh: Mesh, init_from: str | None) -> None:
-    materialize(model, config.seed, mesh.device)
+def _fill(model: GPT, config: TrainConfig, device: torch.device, init_from: str | None) -> None:
+    materialize(model, config.seed, device)
     if init_from is not None:
         with raised_on_all_ranks():
             load_pretrained(model, init_from)
@@ -100,7 +100,7 @@ def _spread(
             reshard_after_forward=dist.reshard_after_forward,
             gather_dtype=_gather_dtype(config, mesh, dtype),
         )
-    _fill(model, config, mesh, init_from)
+    _fill(model, config, mesh.device, init_from)
     if mesh.sharded is not None:
         return model, None
     if dist.zero in (1, 2) and mesh.data_size > 1:

@@ -96,20 +96,33 @@ def engine_config(config: TrainConfig, num_ranks: int, micro_batch: int) -> dict
 
 
 def start(
-    model: nn.Module, config: TrainConfig, *, dtype: torch.dtype, iterate_dtype: torch.dtype, **batch: int
+    model: nn.Module,
+    config: TrainConfig,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    iterate_dtype: torch.dtype,
+    **batch: int,
 ) -> tuple[LossEngine, EngineOptimizer]:
-    """Hand an initialised model, the same on all ranks, to DeepSpeed. Called by all ranks.
+    """Hand an initialised model, the same on all ranks, to DeepSpeed, which brings it to `device`. Called by all ranks.
 
-    `dtype` is that of the forward pass, and `batch` what `engine_config` takes. Raises UserError for what that and
-    `bind` refuse, and for a DeepSpeed that is missing or not tested.
+    In stage 3 that happens parameter by parameter, so that a model on the CPU is never whole on the device. `dtype` is
+    that of the forward pass, and `batch` what `engine_config` takes. Raises UserError for what that and `bind` refuse,
+    and for a DeepSpeed that is missing or not tested.
     """
-    device = next(model.parameters()).device
     with raised_on_all_ranks():
         deepspeed = import_deepspeed(device)
+    settings = on_main(lambda: engine_config(config, **batch))
+    if config.dist.zero == 3:
+        deepspeed.zero.Init(module=model, config_dict_or_path=settings)
+        for module in model.modules():
+            module._buffers = {
+                name: None if buffer is None else buffer.to(device) for name, buffer in module._buffers.items()
+            }
+    with raised_on_all_ranks():
         optimizer = muon_for_deepspeed(
             model, config.optim, iterate_dtype=iterate_dtype, width_ratio=config.model.width_ratio
         )
-    settings = on_main(lambda: engine_config(config, **batch))
     _autocast_inside(model, device, dtype)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     return LossEngine(engine), EngineOptimizer(engine, bind(engine))
