@@ -35,6 +35,9 @@ class ChunkRecord(Record):
     position: Any
 
 
+DIGEST_BYTES = hashlib.sha256().digest_size
+
+
 def document_digest(text: str, origin: str) -> bytes:
     """sha256 of a document's UTF-8 bytes. Raises UserError for text that UTF-8 cannot hold."""
     try:

@@ -32,7 +32,7 @@ from muonlm.config.data import PrepareConfig
 from muonlm.config.errors import UserError
 from muonlm.config.load import load_prepare
 from muonlm.config.schema import DataConfig
-from muonlm.data.chunks import Chunk, ChunkRecord, TokenizerRecord, TrainingTexts
+from muonlm.data.chunks import DIGEST_BYTES, Chunk, ChunkRecord, TokenizerRecord, TrainingTexts, is_validation
 from muonlm.data.manifest import MANIFEST_NAME, SPLITS, TOKENIZER_NAME, Manifest, ShardRecord, SplitName, SplitRecord
 from muonlm.data.output import (
     FILES_NAME,
@@ -233,14 +233,26 @@ class _Preparation:
         return manifest
 
     def _fail_empty(self, split: str, num_documents: int) -> NoReturn:
+        seed = self._fitting_seed()
         discard(self.output)
         if not num_documents:
             raise UserError("the source holds no text: every document is empty, or there is none; check `source`")
         raise UserError(
             f"the {split} split would be empty: of {num_documents} documents, none fell into it with "
             f"validation_fraction {self.config.validation_fraction:g}. Whole documents are held out: give more of them "
-            "(cut a long file, for example `split -C 100k book.txt part-`), or change validation_fraction or seed"
+            "(cut a long file, for example `split -C 100k book.txt part-`), or change validation_fraction"
+            + ("" if seed is None else f", or take seed={seed}, which divides these documents into both splits")
         )
+
+    def _fitting_seed(self) -> int | None:
+        """The first of some seeds with which neither split of the documents read so far would be empty."""
+        text = b"".join(path.read_bytes() for path in sorted(self.partial.glob("digests-*.bin")))
+        digests = [text[at : at + DIGEST_BYTES] for at in range(0, len(text), DIGEST_BYTES)]
+        if len(digests) > 1000:
+            return None
+        fraction = self.config.validation_fraction
+        fits = (seed for seed in range(1000) if len({is_validation(d, seed, fraction) for d in digests}) == 2)
+        return next(fits, None)
 
 
 class _Meter:

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -351,6 +352,23 @@ def test_one_document_cannot_be_split(make_config: MakeConfig, tmp_path: Path, t
         prepare(config, progress=False)
     # Nothing is left that would stop another try with more documents or another share.
     prepare(text_config(make_config, tmp_path, texts[:30]), progress=False)
+
+
+def test_a_seed_that_fills_both_splits_is_named(make_config: MakeConfig, tmp_path: Path, texts: list[str]) -> None:
+    config = text_config(make_config, tmp_path, texts[:3])
+    seeds = range(9)
+    named = []
+    for seed in seeds:
+        tried = config.model_copy(update={"seed": seed})
+        try:
+            prepare(tried, progress=False)
+            shutil.rmtree(config.output)
+        except UserError as error:
+            named += re.findall(r"or take seed=(\d+), which", str(error))
+    assert len(named) >= 2
+    for seed in set(named):
+        prepare(config.model_copy(update={"seed": int(seed)}), progress=False)
+        shutil.rmtree(config.output)
 
 
 def test_lone_surrogate(make_config: MakeConfig, tmp_path: Path) -> None:
