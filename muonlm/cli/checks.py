@@ -73,6 +73,7 @@ def examine(probe: bool = False) -> dict[str, Any]:
         "disk": _disk(problems, notes),
         **_compute("torch" in sys.modules, problems, notes),
         "system": examine_host(),
+        "probed": [],
         "problems": problems,
         "notes": notes,
     }
@@ -81,7 +82,11 @@ def examine(probe: bool = False) -> dict[str, Any]:
         from muonlm.cli.probes import probe as run_probes
 
         installed = {name for feature in findings["features"] for name, found in feature["packages"].items() if found}
-        problems += run_probes(sorted(installed), len(findings["cuda_devices"]))
+        programs = [name for item in findings["system"]["programs"] for name, path in item["programs"].items() if path]
+        worked, failed, others = run_probes(sorted(installed), len(findings["cuda_devices"]), programs)
+        findings["probed"] = worked
+        problems += failed
+        notes += others
     return findings
 
 

@@ -19,7 +19,9 @@ def add(commands: Any) -> None:
     parser = commands.add_parser("doctor", help="check the installation and the machine", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     parser.add_argument(
-        "--probe", action="store_true", help="import all optional packages, let ranks meet, run kernels: a minute"
+        "--probe",
+        action="store_true",
+        help="import all optional packages, let ranks meet, run kernels, ask clusters and daemons: a minute at most",
     )
     parser.set_defaults(run=run)
 
@@ -64,13 +66,18 @@ def _show(findings: dict[str, Any]) -> None:
         about.add_row(name, value)
     console.print(about)
     features = Table("feature", "state", "what it needs", show_edge=False)
-    for feature in [*findings["features"], *findings["system"]["programs"]]:
+    for feature, word in [
+        *((package, "ready") for package in findings["features"]),
+        *((program, "found") for program in findings["system"]["programs"]),
+    ]:
         needs = feature.get("packages") or feature["programs"]
         shown = ", ".join(f"{name} {found or 'missing'}" for name, found in needs.items())
-        features.add_row(feature["feature"], "ready" if feature["is_ready"] else feature["install"], shown)
+        features.add_row(feature["feature"], word if feature["is_ready"] else feature["install"], shown)
     console.print()
     console.print(features)
     console.print()
+    if findings["probed"]:
+        console.print(f"probed: {'; '.join(findings['probed'])}")
     for problem in findings["problems"]:
         console.print(f"problem: {problem}", style="bold red")
     for note in findings["notes"]:
@@ -97,7 +104,7 @@ def _facts(findings: dict[str, Any]) -> list[tuple[str, str]]:
         ("muonlm", findings["muonlm"]),
         ("python", f"{findings['python']} on {findings['platform']}"),
         *((name, version or "missing") for name, version in findings["packages"].items()),
-        ("CPU", f"{cpu['model']}, {cpu['cores']} cores{allowed}, {cpu['threads']} threads used"),
+        ("CPU", f"{cpu['model']}, {cpu['cores']} cores{allowed}, {cpu['threads']} used by torch"),
         (
             "memory",
             f"{_gib(memory['total_bytes'], 'unknown')}, {_gib(memory['available_bytes'], 'unknown')} available, "

@@ -1,7 +1,8 @@
 """`muonlm COMMAND`: the parser, and what errors and interrupts mean for the exit code.
 
 Exit codes: 0 done, or stopped on request in a way that goes on later; 1 a fault of the program, with its traceback;
-2 something in the input is wrong, with a message; 130 interrupted.
+2 something in the input is wrong, with a message; 130 interrupted; 141 whoever read the output has gone before its end
+(but never for a training run, which goes on).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 
 import muonlm
 from muonlm.cli import bench, compare, data, doctor, export, plan, report, study, submit, train
-from muonlm.cli.parser import Parser, take_overrides
+from muonlm.cli.parser import Parser, forget_stdout, take_overrides
 from muonlm.config.errors import UserError
 
 
@@ -37,7 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, rest = parser.parse_known_args(argv)
     take_overrides(parser, args, rest)
     try:
-        return int(args.run(args))
+        code = int(args.run(args))
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        forget_stdout()
+        return 141
     except UserError as error:
         sys.stderr.write(_error_text(args.command, str(error)))
         return _failed(2)

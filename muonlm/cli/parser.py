@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
+from contextlib import suppress
 from typing import Any, NoReturn
 
 WIDTH = 100
@@ -70,3 +73,9 @@ def take_overrides(parser: argparse.ArgumentParser, args: argparse.Namespace, re
 def _refuse(parser: argparse.ArgumentParser, args: argparse.Namespace, wrong: list[str]) -> NoReturn:
     hint = "; keys of the config are given without dashes, as in loop.steps=100" if hasattr(args, "overrides") else ""
     parser.error(f"{args.command} does not know {' '.join(wrong)}{hint} (see muonlm {args.command} --help)")
+
+
+def forget_stdout() -> None:
+    """After whoever read standard output has gone: write the rest to nowhere, so that leaving does not fail."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

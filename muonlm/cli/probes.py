@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import metadata
+from typing import NamedTuple
 
 _MODULES = {"lm-eval": "lm_eval"}
 
@@ -23,26 +24,60 @@ assert difference < 0.2, f"its result differs by {{difference:.2g}} of its norm 
 """
 
 
-def probe(installed: Sequence[str], cuda_devices: int, timeout_s: float = 180.0) -> list[str]:
-    """Problems found by importing the installed optional packages, letting ranks meet, and running a kernel.
+# What makes a program talk to what it stands for: a cluster, a daemon.
+_ASKED = {
+    "sbatch": ("sinfo", "--noheader"),
+    "kubectl": ("kubectl", "version", "--request-timeout=5s"),
+    "docker": ("docker", "info"),
+    "podman": ("podman", "info"),
+    "buildah": ("buildah", "info"),
+}
+
+
+class Probed(NamedTuple):
+    """What worked, what does not that training or an installed feature needs, and what else does not."""
+
+    worked: list[str]
+    problems: list[str]
+    notes: list[str]
+
+
+def probe(
+    installed: Sequence[str], cuda_devices: int, programs: Sequence[str] = (), timeout_s: float = 180.0
+) -> Probed:
+    """Import the installed optional packages, let ranks meet, run a kernel, and ask `programs` for what they stand for.
 
     Each rank gets a GPU if there are several, else two ranks run on CPUs.
     """
-    problems = []
+    worked, problems, notes = Probed([], [], [])
     for name in installed:
-        module = _MODULES.get(name, name)
+        module, title = _MODULES.get(name, name), f"{name} {metadata.version(name)}"
         if said := failure([sys.executable, "-c", f"import {module}"], timeout_s):
-            version = metadata.version(name)
-            problems.append(f"{name} {version} cannot be imported: {said}; try: pip install --force-reinstall {name}")
+            problems.append(f"{title} cannot be imported: {said}; try: pip install --force-reinstall {name}")
+        else:
+            worked.append(f"{title} imported")
+    for program in programs:
+        if program not in _ASKED:
+            continue
+        command = _ASKED[program]
+        if said := failure(command, min(timeout_s, 10.0)):
+            notes.append(f"{program} is here, but `{' '.join(command)}` fails: {said}")
+        else:
+            worked.append(f"{program} answered")
     ranks = cuda_devices if cuda_devices > 1 else 2
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
     # With fewer GPUs than ranks these compute on CPUs.
     hidden = {} if cuda_devices > 1 else {"CUDA_VISIBLE_DEVICES": ""}
     if said := failure([*torchrun, f"--nproc-per-node={ranks}", "-m", "muonlm", "doctor"], timeout_s, hidden):
         problems.append(f"{ranks} ranks on this machine do not work together: {said}")
-    if cuda_devices and (said := failure([sys.executable, "-c", _KERNELS.format(device="cuda")], timeout_s)):
-        problems.append(f"Newton-Schulz on the GPU fails: {said}")
-    return problems
+    else:
+        worked.append(f"{ranks} ranks met, and a sum came out right")
+    if cuda_devices:
+        if said := failure([sys.executable, "-c", _KERNELS.format(device="cuda")], timeout_s):
+            problems.append(f"Newton-Schulz on the GPU fails: {said}")
+        else:
+            worked.append("Newton-Schulz on the GPU agrees with the CPU")
+    return Probed(worked, problems, notes)
 
 
 def failure(command: Sequence[str], timeout_s: float, environment: Mapping[str, str] | None = None) -> str | None:
@@ -57,6 +92,8 @@ def failure(command: Sequence[str], timeout_s: float, environment: Mapping[str, 
             timeout=timeout_s,
             check=False,
         )
+    except OSError as error:
+        return str(error)
     except subprocess.TimeoutExpired:
         return f"no answer within {timeout_s:.0f} s"
     if done.returncode == 0:

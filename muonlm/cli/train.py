@@ -6,7 +6,7 @@ import argparse
 import os
 from typing import Any
 
-from muonlm.cli.parser import add_config
+from muonlm.cli.parser import add_config, forget_stdout
 
 
 def add(commands: Any) -> None:
@@ -42,9 +42,11 @@ def run(args: argparse.Namespace) -> int:
         status = train(config, fresh=args.fresh, stop=stop)
     if os.environ.get("RANK", "0") == "0":
         loss = "" if status.final_loss is None else f", validation loss {status.final_loss:.4f}"
-        print(f"{status.state} at step {status.step}, {status.tokens:,} tokens{loss}: {config.resolved_run_dir}")
-        if status.state == "preempted":
-            print("repeat the same command to go on")
-        else:
-            print(f"see it with: muonlm report {config.resolved_run_dir}")
+        report = f"see it with: muonlm report {config.resolved_run_dir}"
+        then = "repeat the same command to go on" if status.state == "preempted" else report
+        try:
+            print(f"{status.state} at step {status.step}, {status.tokens:,} tokens{loss}: {config.resolved_run_dir}")
+            print(then, flush=True)
+        except BrokenPipeError:  # a pipe that has gone makes no failure of a run
+            forget_stdout()
     return 0

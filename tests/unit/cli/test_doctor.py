@@ -189,16 +189,19 @@ def test_probes_name_what_fails(monkeypatch: pytest.MonkeyPatch):
 
     def fail(command: list[str], timeout_s: float, environment: Any = None) -> str | None:
         said.append(command)
-        return "broken" if "import lm_eval" in command or "torch.distributed.run" in command else None
+        wrong = ("import lm_eval", "torch.distributed.run", "sinfo")
+        return "broken" if any(word in command for word in wrong) else None
 
     monkeypatch.setattr(probes, "failure", fail)
     monkeypatch.setattr(probes.metadata, "version", lambda name: "1.0")
-    imported, ranks = probes.probe(["lm-eval", "wandb"], cuda_devices=4)
+    worked, (imported, ranks), notes = probes.probe(["lm-eval", "wandb"], 4, ["g++", "sbatch", "docker"])
+    assert worked == ["wandb 1.0 imported", "docker answered", "Newton-Schulz on the GPU agrees with the CPU"]
+    assert notes == ["sbatch is here, but `sinfo --noheader` fails: broken"]
     assert imported == "lm-eval 1.0 cannot be imported: broken; try: pip install --force-reinstall lm-eval"
     assert ranks == "4 ranks on this machine do not work together: broken"
     assert any("newton_schulz" in command[-1] for command in said)
     said.clear()
-    assert "2 ranks" in probes.probe([], cuda_devices=0)[0]
+    assert "2 ranks" in probes.probe([], cuda_devices=0).problems[0]
     assert not any("newton_schulz" in command[-1] for command in said)
 
 

@@ -233,3 +233,13 @@ def test_python_m_muonlm_is_the_same_command() -> None:
 def test_user_error_in_any_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["study", "spectra", str(tmp_path / "a"), "b"]) == 2
     assert capsys.readouterr().err.startswith(f"muonlm study: error\n{tmp_path / 'a'} is no run directory")
+
+
+def test_a_pipe_that_has_gone_ends_a_command_with_141_and_no_traceback() -> None:
+    command = [sys.executable, "-m", "muonlm", "plan", "gpt-10m", "--vocab-size", "1024", "--memory-gb", "80"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 141
