@@ -114,11 +114,16 @@ def latest(run_dir: str | Path) -> Path | None:
     return None
 
 
-def load(path: str | Path, contents: Contents) -> dict[str, Any]:
-    """Restore model, optimizer and random state in place, bit for bit, and return the `extra` of `save`.
+_START_OVER = "Delete that directory to go on from the one before it, or start over with --fresh"
+
+
+def load(
+    path: str | Path, contents: Contents, *, with_optimizer: bool = True, advice: str = _START_OVER
+) -> dict[str, Any]:
+    """Restore model, optimizer (unless it is to stay) and random state in place, bit for bit; returns `save`'s `extra`.
 
     Called by all ranks, of which there may be another number than when it was saved, sharding in another way; each
-    reads its parts. Raises UserError when the checkpoint does not fit the model or cannot be read.
+    reads its parts. Raises UserError, with `advice`, when the checkpoint does not fit the model or cannot be read.
     """
     path = Path(path)
     state = _state(contents)
@@ -127,13 +132,11 @@ def load(path: str | Path, contents: Contents) -> dict[str, Any]:
             stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
             # A run may go on with another number of GPUs, or none.
             state["random"] = {name: value for name, value in state["random"].items() if f"random.{name}" in stored}
-            dcp.load(state, checkpoint_id=path, no_dist=not collectives.is_active())
+            wanted = state if with_optimizer else {key: part for key, part in state.items() if key != "optimizer"}
+            dcp.load(wanted, checkpoint_id=path, no_dist=not collectives.is_active())
         extra: dict[str, Any] = json.loads((path / MARKER).read_text())["extra"]
     except UNREADABLE as error:
-        raise UserError(
-            f"checkpoint {path} cannot be loaded: {_reason(error)}. Delete that directory to go on from the one "
-            "before it, or start over with --fresh"
-        ) from error
+        raise UserError(f"checkpoint {path} cannot be loaded: {_reason(error)}. {advice}") from error
     contents.loaded(state)
     torch.set_rng_state(state["random"]["cpu"])
     if "cuda" in state["random"]:

@@ -209,6 +209,11 @@ class TrainConfig(Section):
         "Directory of a model (Qwen3, Qwen3-MoE, GLM-4-MoE) whose weights the run starts from, as `muonlm export` "
         "writes it; `muonlm import` prints the model table that goes with it.",
     )
+    branch_from: str | None = field(
+        None,
+        "Run directory, or a checkpoint in it, that the run goes on from under the settings given here: weights, place "
+        "in the data and, where optim.kind is the same, the optimizer's state. Steps count on.",
+    )
     data: DataConfig = field(..., "Token shards.")
     model: ModelConfig = field(GPTConfig(), "Model.")
     optim: OptimConfig = field(MuonConfig(), "Optimizer.")
@@ -231,6 +236,12 @@ class TrainConfig(Section):
                 f"schedule.warmup_steps {self.schedule.warmup_steps} is more than the {self.num_steps} steps of the "
                 "run; lower it or raise the budget"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _one_beginning(self) -> Self:
+        if self.init_from is not None and self.branch_from is not None:
+            raise ValueError("give init_from, for weights alone, or branch_from, for a run to go on from; not both")
         return self
 
     @model_validator(mode="after")

@@ -23,6 +23,7 @@ from muonlm.dist.agree import on_main, raised_on_all_ranks
 from muonlm.dist.process import World
 from muonlm.optim.rules_table import rules_summary
 from muonlm.track.tracker import Tracker
+from muonlm.train.branch import Branch, find_branch
 from muonlm.train.evaluate import evaluate
 from muonlm.train.preemption import StopSignals
 from muonlm.train.records import Meter, eval_record, event_record
@@ -75,15 +76,17 @@ def _lost_ranks(world: World, run: RunDirectory) -> Iterator[None]:
 def _train(config: TrainConfig, world: World, run: RunDirectory, stop: StopSignals) -> RunStatus:
     checkpoint = on_main(lambda: store.latest(run.path))
     init_from = config.init_from if checkpoint is None else None
+    branch = on_main(lambda: find_branch(config)) if checkpoint is None else None
     parts = build(config, world, run.recorded, init_from)
     if init_from is not None:
         check_finite(parts, 0, f"as loaded from {init_from}")
-    progress = Progress() if checkpoint is None else Progress(**store.load(checkpoint, parts.contents))
+    progress = _restore(parts, checkpoint, branch)
     _show_rules(parts, run)
     with _open_tracker(parts, run, progress) as tracker:
         run.begin(parts.environment, parts.rules)
         run.update("running", progress)
-        tracker.event(event_record(progress, "resume" if progress.step else "start", attempt=run.attempt))
+        begun = "branch" if branch is not None else "resume" if progress.step else "start"
+        tracker.event(event_record(progress, begun, attempt=run.attempt, **_origin(branch)))
         meter, stopping = Meter(parts), collectives.any_rank(stop.requested)
         while progress.step < config.num_steps and not stopping:
             number = progress.step + 1
@@ -107,6 +110,22 @@ def _train(config: TrainConfig, world: World, run: RunDirectory, stop: StopSigna
             return run.end("preempted", progress)
         tracker.event(event_record(progress, "finished", final_loss=progress.final_loss))
         return run.end("finished", progress)
+
+
+def _restore(parts: Parts, checkpoint: Path | None, branch: Branch | None) -> Progress:
+    """Load the run's own checkpoint, or that of the run which it branches off; the same on all ranks."""
+    if checkpoint is not None:
+        return Progress(**store.load(checkpoint, parts.contents))
+    if branch is None:
+        return Progress()
+    branch.check_data(parts.environment)
+    advice = "A branch needs the same rule for each parameter: optim.overrides and momentum as they were"
+    extra = store.load(branch.path, parts.contents, with_optimizer=branch.with_optimizer, advice=advice)
+    return Progress(**{**extra, "final_loss": None})
+
+
+def _origin(branch: Branch | None) -> dict[str, Any]:
+    return {} if branch is None else {"path": str(branch.path), "optimizer": "kept" if branch.with_optimizer else "new"}
 
 
 def _show_rules(parts: Parts, run: RunDirectory) -> None:

@@ -19,7 +19,10 @@ from muonlm.optim.schedules import lr_multiplier, set_learning_rates
 from muonlm.optim.shards import Shard
 from muonlm.train.setup import Parts
 
-_LOWER = "lower the learning rates or raise schedule.warmup_steps"
+_LOWER = (
+    "lower the learning rates or raise schedule.warmup_steps, in a run of another name; with branch_from it goes on "
+    "from the last checkpoint of this one"
+)
 
 
 class Diverged(NonFiniteGradient):

@@ -44,7 +44,7 @@ def test_the_page_of_checkpoints_runs(stdlib_data: Path, tmp_path: Path) -> None
     (tmp_path / "data" / "stdlib").symlink_to(stdlib_data)
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
     steps = re.findall(r"```(bash|python)\n(.*?)```", page, re.DOTALL)
-    assert [kind for kind, _ in steps] == ["bash", "python", "bash"]
+    assert [kind for kind, _ in steps] == ["bash", "bash", "python", "bash"]
     for kind, block in steps:
         programs = [["-c", block]] if kind == "python" else [arguments(line) for line in block.splitlines()]
         for program in programs:

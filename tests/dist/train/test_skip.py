@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from muonlm.dist import process
-from muonlm.track.metrics import read_metrics
 from muonlm.optim.rules_table import rules_summary
+from muonlm.track.metrics import read_metrics
 from muonlm.train import loop
 from muonlm.train.loop import train
 from muonlm.train.setup import build
