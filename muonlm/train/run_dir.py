@@ -218,8 +218,8 @@ def _check_same_config(path: Path, config: TrainConfig) -> None:
         lines = "\n  ".join(differing)
         raise UserError(
             f"run directory {path} belongs to a run of another configuration:\n  {lines}\n"
-            f"Give this run another name or run_dir (branch_from={path} goes on from there), set these keys back to go on "
-            "with the old run, or discard the old run with --fresh"
+            f"Give this run another name or run_dir (branch_from={path} goes on from there), set these keys back to go "
+            "on with the old run, or discard the old run with --fresh"
         )
 
 
