@@ -12,6 +12,12 @@
 # PYTHON=python3     interpreter whose pip is asked which index, folder of wheels and certificate it uses
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+usage() { sed -n '/^# Build/,/^# PYTHON/s/^# \{0,1\}//p' docker/build-local.sh; } # the comment above
+case ${1:-} in
+  -h | --help) usage; exit 0 ;;
+  -*) echo "unknown option $1" >&2; usage >&2; exit 2 ;;
+esac
+[[ $# -le 1 ]] || { echo "one RESULT.json at most, not: $*" >&2; exit 2; }
 python=${PYTHON:-python3}
 image=localhost/muonlm:local
 

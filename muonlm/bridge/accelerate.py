@@ -23,6 +23,7 @@ from muonlm.dist import collectives
 from muonlm.dist.precision import bfloat16_is_fast
 from muonlm.optim.build import build_optimizer, settings
 from muonlm.optim.gradients import GradNorms
+from muonlm.optim.groups import check_numbers
 from muonlm.optim.muon import Muon
 from muonlm.optim.rules import assign_rules, groups_of
 
@@ -158,6 +159,7 @@ class DeferredMuon(torch.optim.Optimizer):
         grad_clip: float = 0.0,
         device: torch.device | None = None,
     ) -> None:
+        check_numbers(grad_clip=grad_clip)
         self.config, self.grad_clip = config, grad_clip
         self.muon: Muon | None = None
         self._is_complete = False

@@ -18,6 +18,7 @@ from muonlm.bridge.accelerate import DeferredMuon, check_accelerator
 from muonlm.config.errors import UserError
 from muonlm.config.optim import AdamWConfig, MuonConfig
 from muonlm.optim.build import settings
+from muonlm.optim.groups import check_numbers
 
 # Fields of TrainingArguments that are meant for the Trainer's own optimizers -> what to do instead.
 _IGNORED = {
@@ -55,6 +56,7 @@ def muon_for_trainer(
             "the Trainer of this transformers takes classes of optimizers only; pip install 'transformers>=5.23'"
         ) from error
     chosen = settings(config, options)
+    check_numbers(grad_clip=grad_clip)
     _check_arguments(args)
     return _factory, {"config": chosen, "grad_clip": grad_clip}
 

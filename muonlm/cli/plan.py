@@ -37,10 +37,15 @@ def add(commands: Any) -> None:
     add_config(parser, "train", dry_run=False)
     add = parser.add_argument
     add(
-        "--gpu", metavar="NAME", help="h100-80gb, h200-141gb, a100-80gb, a100-40gb, b200-180gb, mi300x-192gb, l40s-48gb"
+        "--gpu",
+        metavar="NAME",
+        help="h100-80gb, h200-141gb, a100-80gb, a100-40gb, b200-180gb, mi300x-192gb, l40s-48gb; h100-80gb by default "
+        "with --nodes or --gpus-per-node, else CPUs of this machine",
     )
-    add("--nodes", type=_positive, metavar="N", help="number of nodes; 1 by default")
-    add("--gpus-per-node", type=_positive, metavar="N", help="devices of a node, a rank each; 8 by default")
+    add("--nodes", type=_positive, metavar="N", help="number of nodes; without it and --gpus-per-node one rank")
+    add(
+        "--gpus-per-node", type=_positive, metavar="N", help="devices of a node, a rank each; 8 by default with --nodes"
+    )
     add(
         "--world-size",
         type=_positive,

@@ -199,5 +199,9 @@ def _unknown(model: type[Section], spot: Spot) -> str:
     elsewhere = [name for table in fields.tables(model) for name, _ in table.entries() if name.split(".")[-1] == key]
     if elsewhere:
         return f"unknown key; did you mean {' or '.join(dict.fromkeys(elsewhere))}?"
+    said = rf"\b{re.escape(key.replace('_', ' '))}\b"  # learning_rate, of which the text of lr speaks
+    described = [n for n, info in spot.model.model_fields.items() if re.search(said, info.description or "", re.I)]
+    if len(described) == 1:
+        return f"unknown key; did you mean {prefix}{described[0]}?"
     table = "the top level" if not around else around if around.endswith("]") else f"[{around}]"
     return f"unknown key; {table} has {', '.join(known)}"

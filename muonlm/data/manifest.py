@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from muonlm.config.errors import UserError
+from muonlm.config.load import available
 from muonlm.data.shards import ShardHeader, repair
 
 MANIFEST_NAME = "manifest.json"
@@ -94,9 +95,13 @@ def read_manifest(directory: Path) -> Manifest:
     if not path.is_file():
         missing = f"has no {MANIFEST_NAME}: nothing was prepared there, or not to the end"
         state = missing if directory.exists() else "does not exist"
+        known = available("data")
+        is_known = directory.name in known
+        name = directory.name if is_known else "CONFIG"
+        what = "" if is_known else f"; CONFIG is one of {', '.join(sorted(known))}, or a TOML file of yours"
         raise UserError(
-            f"data directory {directory} {state}; run `muonlm data prepare NAME output={directory}` first, "
-            "for example with NAME stdlib, or correct data.path"
+            f"data directory {directory} {state}; run `muonlm data prepare {name} output={directory}` first, or "
+            f"correct data.path{what}"
         )
     try:
         return Manifest.model_validate_json(path.read_bytes())

@@ -22,11 +22,16 @@ def check_options(coefficients: str, steps: int, non_finite: str, **numbers: flo
         named_coefficients(coefficients, steps)
     except ValueError as error:
         raise UserError(str(error)) from None
-    for key, value in numbers.items():
-        if not 0 <= value < math.inf:
-            raise UserError(f"{key}={value}: it must not be negative")
+    check_numbers(**numbers)
     if non_finite not in _NON_FINITE:
         raise UserError(f"non_finite is {' or '.join(_NON_FINITE)}, not {non_finite!r}")
+
+
+def check_numbers(**numbers: float) -> None:
+    """Raise UserError for what is no number, negative or not finite, by its name."""
+    for key, value in numbers.items():
+        if not isinstance(value, int | float) or not 0 <= value < math.inf:
+            raise UserError(f"{key}={value!r}: it must be a number, and not negative")
 
 
 def check_group(group: dict[str, Any], number: int) -> list[str]:

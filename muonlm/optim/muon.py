@@ -26,7 +26,7 @@ from muonlm.dist import collectives
 from muonlm.optim.assign import SPLIT_MIN_FLOPS
 from muonlm.optim.exchange import Blocks, Exchange
 from muonlm.optim.gradients import Description, GradNorms, GroupShards, agree_and_clip, describe
-from muonlm.optim.groups import check_group, check_options
+from muonlm.optim.groups import check_group, check_numbers, check_options
 from muonlm.optim.pieces import Piece, pieces_of
 from muonlm.optim.plan import Plan, make_plan
 from muonlm.optim.scaling import Scaling, update_scale
@@ -195,6 +195,7 @@ class Muon(torch.optim.Optimizer):
 
         See `muonlm.optim.gradients.agree_and_clip`; `step` does it with `grad_clip` when it was not called before.
         """
+        check_numbers(max_norm=max_norm)
         self._norms = None
         if self._sharding is not None:
             self._sharding.before_step()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass, replace
 
 from muonlm.config.errors import UserError
@@ -93,7 +94,10 @@ class Machines:
 
 
 def find_device(name: str) -> Device:
-    """The device of that name. Raises UserError that lists the names."""
+    """The device of that name. Raises UserError that lists the names, near ones first."""
     if name not in DEVICES:
-        raise UserError(f"no data sheet of {name!r}; there are {', '.join(DEVICES)}")
+        begun = [known for known in DEVICES if known.startswith(name.lower())]
+        near = begun or difflib.get_close_matches(name.lower(), DEVICES, n=1, cutoff=0.5)
+        guess = f"; did you mean {' or '.join(near)}?" if near else ";"
+        raise UserError(f"no data sheet of {name!r}{guess} there are {', '.join(DEVICES)}")
     return DEVICES[name]

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from muonlm.cli.main import main
+from muonlm.config.errors import UserError
 from muonlm.config.load import load_compare, load_prepare, load_train
+from muonlm.data.manifest import read_manifest
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -35,6 +37,16 @@ def test_train_configs_can_be_planned(name: str, capsys: pytest.CaptureFixture[s
     printed = capsys.readouterr()
     assert found == 0, printed.err + printed.out[printed.out.find("does not fit") :]
     assert "FLOP" in printed.out
+
+
+@pytest.mark.parametrize("name", names("train"))
+def test_data_of_train_configs_can_be_prepared(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """By the command that a run says which misses them: a data config has their name, and writes them."""
+    monkeypatch.chdir(tmp_path)
+    path = Path(load_train(name).data.path)
+    with pytest.raises(UserError, match=rf"run `muonlm data prepare {path.name} output={path}` first"):
+        read_manifest(path)
+    assert load_prepare(path.name).output == str(path)
 
 
 @pytest.mark.parametrize("name", names("compare"))

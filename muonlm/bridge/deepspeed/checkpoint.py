@@ -15,6 +15,7 @@ import torch.distributed.checkpoint as dcp
 
 from muonlm.bridge.deepspeed.optimizer import DeepSpeedMuon
 from muonlm.bridge.deepspeed.partitions import refresh
+from muonlm.checkpoint.store import UNREADABLE
 from muonlm.config.errors import UserError
 from muonlm.dist import collectives
 from muonlm.dist.quiet import quiet_checkpoints
@@ -24,11 +25,15 @@ def save_checkpoint(engine: Any, path: str | Path) -> None:
     """Write parameters, buffers and optimizer state to the directory `path`, each rank its part. Called by all ranks.
 
     Learning-rate schedules, loss scales and counters are not in it: DeepSpeed's `engine.save_checkpoint` has them.
-    Collectives: those of dcp.save. Raises UserError for frozen parameters in stage 3, and where `bind` was not called.
+    Collectives: those of dcp.save. Raises UserError for frozen parameters in stage 3, where `bind` was not called, and
+    where it cannot be written; `path` is then not to be used.
     """
     tensors = EngineTensors(engine).named()
-    with quiet_checkpoints():
-        dcp.save(tensors, checkpoint_id=Path(path), no_dist=not collectives.is_active())
+    try:
+        with quiet_checkpoints():
+            dcp.save(tensors, checkpoint_id=Path(path), no_dist=not collectives.is_active())
+    except (dcp.api.CheckpointException, OSError, RuntimeError) as error:
+        raise UserError(f"the checkpoint could not be written to {path}: {_reason(error)}") from error
 
 
 def load_checkpoint(engine: Any, path: str | Path) -> None:
@@ -47,11 +52,16 @@ def load_checkpoint(engine: Any, path: str | Path) -> None:
             if different := names ^ set(tensors["model"]):
                 raise ValueError(f"only one of the two has {min(different)}")
             dcp.load(tensors, checkpoint_id=Path(path), no_dist=not collectives.is_active())
-    except (dcp.api.CheckpointException, OSError, ValueError, LookupError, RuntimeError) as error:
-        failures = getattr(error, "failures", None)  # by rank
-        reason = next(iter(failures.values()))[0] if failures else error
-        raise UserError(f"checkpoint {path} cannot be loaded: {reason}; it must be of the same model") from error
+    except (*UNREADABLE, RuntimeError) as error:
+        raise UserError(
+            f"checkpoint {path} cannot be loaded: {_reason(error)}; it must be of the same model"
+        ) from error
     contents.loaded(tensors)
+
+
+def _reason(error: BaseException) -> Any:
+    failures = getattr(error, "failures", None)  # by rank
+    return next(iter(failures.values()))[0] if failures else error
 
 
 class EngineTensors:

@@ -54,9 +54,9 @@ def _is_on(path: str) -> Callable[[Mapping[str, Any]], bool]:
 
 
 def _number(config: Mapping[str, Any], path: str, default: float) -> float:
-    """The number there; "auto", which accelerate fills in later, counts as the default."""
+    """The number there. "auto", which accelerate fills in later, counts as the default; DeepSpeed refuses the rest."""
     value = _at(config, path, default)
-    return default if value == "auto" else float(value)
+    return value if isinstance(value, int | float) else default
 
 
 def _name(config: Mapping[str, Any]) -> str:
@@ -130,6 +130,19 @@ _REFUSED: tuple[tuple[str, Callable[[Mapping[str, Any]], bool], str], ...] = (
         "zero_optimization.zenflow",
         _is_on("zero_optimization.zenflow"),
         "it updates the important gradients with an AdamW of DeepSpeed's own. Remove it",
+    ),
+    (
+        "zero_optimization.legacy_stage1",
+        _is_on("zero_optimization.legacy_stage1"),
+        "DeepSpeed has it no more. Remove it",
+    ),
+    (
+        "zero_optimization.stage3_module_granularity_threshold, leaf_module",
+        lambda c: (
+            _number(c, "zero_optimization.stage3_module_granularity_threshold", 0) > 0
+            or bool(_at(c, "zero_optimization.leaf_module"))
+        ),
+        "modules that are gathered as a whole are not tested, and fail in the backward pass. Remove them",
     ),
     (
         "compile.deepcompile",

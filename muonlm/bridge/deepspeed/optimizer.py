@@ -11,7 +11,7 @@ them, if it trains bfloat16 parameters and adds gradients up in fp32), with the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import nn
 
 from muonlm.bridge.deepspeed.bound import BoundPartition, Desk, Outline, PartitionShard, PartitionSharding
 from muonlm.bridge.deepspeed.guards import check_engine, check_version
-from muonlm.bridge.deepspeed.partitions import Partition, partitions_of
+from muonlm.bridge.deepspeed.partitions import Partition, forget_gradients, partitions_of
 from muonlm.config.errors import UserError
 from muonlm.config.optim import AdamWConfig, MuonConfig
 from muonlm.dist import collectives
@@ -72,8 +72,23 @@ def bind(engine: Any) -> DeepSpeedMuon:
             "deepspeed.initialize as `optimizer`"
         )
     check_engine(engine)
+    optimizer.check_knows({name: p for name, p in engine.module.named_parameters() if p.requires_grad})
     optimizer.bind(engine.optimizer)
+    _forget_skipped(engine)
     return optimizer
+
+
+def _forget_skipped(engine: Any) -> None:
+    """Before the first forward pass after a step that DeepSpeed has left out: drop the gradients of that step."""
+    seen = engine.skipped_steps
+
+    def forget(*_: Any) -> None:
+        nonlocal seen
+        if engine.skipped_steps != seen:
+            seen = engine.skipped_steps
+            forget_gradients(engine.optimizer)
+
+    engine.module.register_forward_pre_hook(forget)
 
 
 class DeepSpeedMuon(torch.optim.Optimizer):
@@ -140,6 +155,14 @@ class DeepSpeedMuon(torch.optim.Optimizer):
         if difference := first_difference(collectives.gather_objects(lines)):
             raise UserError(f"rank {difference[0]} and rank 0 differ: {difference[1]}; all ranks must build the same")
 
+    def check_knows(self, params: Mapping[str, torch.Tensor]) -> None:
+        """Raise UserError for parameters, by name, that this optimizer was not made for: nothing would train them."""
+        if unknown := [name for name, param in params.items() if param not in self._names]:
+            raise UserError(
+                f"{', '.join(unknown[:8])}: trainable in the model, but not when muon_for_deepspeed was called, so "
+                "that nothing would train it; build the optimizer last, for the model that is trained"
+            )
+
     def _check_parameters(self, found: Sequence[Partition]) -> None:
         missing = set(self._names.values()) - {
             self._names.get(member.param, "") for partition in found for member in partition.members
@@ -194,14 +217,16 @@ class DeepSpeedMuon(torch.optim.Optimizer):
         if not all(param in self._bound for param, _ in chosen):
             raise UserError(_UNBOUND)
         if self.is_withheld:
-            return
-        if not self._is_finite():
+            pass
+        elif not self._is_finite():
             if self.config.non_finite != "skip":
                 raise NonFiniteGradient("the norm of all gradients is not finite; nothing was updated")
             self.num_skipped += any(self._bound[param] is self.partitions[0] for param, _ in chosen)
-            return
-        for param, group in chosen:
-            self._bound[param].step(group)
+        else:
+            for param, group in chosen:
+                self._bound[param].step(group)
+        if any(self._bound[param] is self.partitions[-1] for param, _ in chosen):
+            forget_gradients(self.zero)
 
     def _is_finite(self) -> bool:
         """Whether the norm that DeepSpeed has computed of all gradients is finite; DeepSpeed says -1 where not."""

@@ -80,6 +80,20 @@ def refresh(zero: Any) -> None:
     zero.update_lp_params()
 
 
+def forget_gradients(zero: Any) -> None:
+    """Zero the gradients that stage 3 and offload keep: a step overwrites only those of parameters that it uses."""
+    match type(zero).__name__:
+        case "DeepSpeedZeroOptimizer_Stage3":
+            kept, offloaded = [zero.grad_partitions_flat_buffer], zero.fp32_partitioned_groups_flat
+        case "DeepSpeedZeroOptimizer":
+            kept = list(zero.accumulated_grads_in_cpu.values()) if zero.cpu_offload else []
+            offloaded = zero.single_partition_of_fp32_groups
+        case _:
+            return
+    for grad in [*kept, *(flat.grad for flat in offloaded if flat.grad is not None)]:
+        grad.zero_()
+
+
 def _stage_1_and_2(zero: Any) -> Iterator[Partition]:
     for number, flat in enumerate(zero.single_partition_of_fp32_groups):
         yield _cut_at_ends(

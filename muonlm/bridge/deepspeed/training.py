@@ -57,13 +57,15 @@ def import_deepspeed(device: torch.device) -> Any:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
-    os.environ.setdefault("LOCAL_RANK", "0")  # without torchrun: one process
     try:
         deepspeed = importlib.import_module("deepspeed")
-    except ImportError as error:
-        raise UserError(f"DeepSpeed cannot be imported ({error}): pip install 'muonlm[deepspeed]'") from error
+        ops = importlib.import_module("deepspeed.ops").__compatible_ops__
+    except Exception as error:  # a broken installation raises anything
+        raise UserError(
+            f"DeepSpeed cannot be imported ({type(error).__name__}: {error}): pip install 'muonlm[deepspeed]'"
+        ) from error
     if device.type == "cpu":
-        importlib.import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
+        ops["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     check_version()
     return deepspeed
@@ -124,6 +126,7 @@ def start(
             model, config.optim, iterate_dtype=iterate_dtype, width_ratio=config.model.width_ratio
         )
     _autocast_inside(model, device, dtype)
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed wants it, and without torchrun there is none
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     return LossEngine(engine), EngineOptimizer(engine, bind(engine))
 

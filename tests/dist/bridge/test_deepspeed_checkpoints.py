@@ -155,3 +155,17 @@ def test_another_model_is_refused(gpt: SimpleNamespace, on_ranks: OnRanks, tmp_p
                 load_checkpoint(engine, tmp_path / name)
 
     on_ranks(body, 1)
+
+
+def test_what_cannot_be_written_or_read_is_told(gpt: SimpleNamespace, on_ranks: OnRanks, tmp_path: Path) -> None:
+    def body(rank: int, world: int) -> None:
+        engine = gpt.engine(gpt.config(2))
+        (tmp_path / "file").touch()
+        with pytest.raises(UserError, match="could not be written to .*file"):
+            save_checkpoint(engine, tmp_path / "file")
+        save_checkpoint(engine, tmp_path / "saved")
+        (tmp_path / "saved" / ".metadata").write_bytes(b"no pickle")
+        with pytest.raises(UserError, match="cannot be loaded"):
+            load_checkpoint(engine, tmp_path / "saved")
+
+    on_ranks(body, 1)

@@ -41,6 +41,13 @@ BAD: dict[str, dict[str, Any]] = {
         "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "super_offload": True}}
     },
     "zero_optimization.zenflow": {"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}},
+    "zero_optimization.legacy_stage1": {"zero_optimization": {"stage": 1, "legacy_stage1": True}},
+    "zero_optimization.stage3_module_granularity_threshold, leaf_module": {
+        "zero_optimization": {"stage": 3, "stage3_module_granularity_threshold": 1000}
+    },
+    "zero_optimization.zero_quantized_weights, zero_quantized_nontrainable_weights, zero_quantized_gradients": {
+        "zero_optimization": {"stage": 3, "zero_quantized_gradients": True}
+    },
     "compile.deepcompile": {"compile": {"deepcompile": True}},
 }
 

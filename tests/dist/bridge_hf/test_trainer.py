@@ -157,6 +157,23 @@ def test_refuses_options_that_do_not_exist(tmp_path) -> None:
         muon_for_trainer(arguments(tmp_path, 1, 1), learning_rate=1e-3)
 
 
+@pytest.mark.parametrize("grad_clip", [-1.0, "1", float("nan")])
+def test_refuses_a_clip_that_is_none(tmp_path, grad_clip) -> None:
+    """A negative one would turn gradients around."""
+    from muonlm.bridge.accelerate import DeferredMuon
+    from muonlm.bridge.trainer import muon_for_trainer
+    from muonlm.config.optim import MuonConfig
+    from muonlm.optim.muon import Muon
+
+    with pytest.raises(UserError, match=r"grad_clip=.*it must be a number, and not negative"):
+        muon_for_trainer(arguments(tmp_path, 1, 1), grad_clip=grad_clip)
+    model = torch.nn.Linear(4, 4)
+    with pytest.raises(UserError, match="must be a number"):
+        DeferredMuon(model, MuonConfig(), grad_clip=grad_clip)
+    with pytest.raises(UserError, match="must be a number"):
+        Muon([("weight", model.weight)]).clip_gradients(grad_clip)
+
+
 def test_refuses_a_trainer_that_takes_no_factory(tmp_path, monkeypatch) -> None:
     from muonlm.bridge.trainer import muon_for_trainer
 

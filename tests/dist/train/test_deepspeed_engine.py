@@ -188,6 +188,11 @@ def test_what_is_not_finite_stops_all_ranks_by_name(make_config, run_ranks, stag
         ('{"bf16": {"enabled": true}, "bogus": 1}', r"bf16: loop\.precision decides that\n  bogus: not taken here"),
         ('{"zero_optimization": {"bogus": 1}}', "zero_optimization: bogus: Extra inputs are not permitted"),
         ('{"zero_optimization": {"sub_group_size": "x"}}', "sub_group_size: Input should be a valid integer"),
+        ('{"zero_optimization": {"mics_shard_size": "x"}}', "mics_shard_size: Extra inputs are not"),
+        (
+            '{"zero_optimization": {"offload_optimizer": {"ratio": "x"}}}',
+            r"offload_optimizer\.ratio: Input should be a",
+        ),
         ('{"zero_optimization": {"zero_quantized_gradients": true}}', "trains something else"),
         ('{"zero_optimization": {"mics_shard_size": 2}}', "MiCS"),
         ('{"zero_optimization": 3}', "must be a JSON object"),

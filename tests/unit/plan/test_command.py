@@ -123,7 +123,10 @@ def test_assumptions_can_be_overridden(capsys: pytest.CaptureFixture[str]) -> No
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--gpu", "h100"], "no data sheet of 'h100'; there are a100-40gb"),
+        (["--gpu", "h100"], "no data sheet of 'h100'; did you mean h100-80gb? there are a100-40gb"),
+        (["--gpu", "A100"], "did you mean a100-40gb or a100-80gb?"),
+        (["--gpu", "gb200"], "did you mean b200-180gb?"),
+        (["--gpu", "tpu-v5e"], "no data sheet of 'tpu-v5e'; there are a100-40gb"),
         (["--nodes", "2", "--world-size", "4"], "give either --world-size or --nodes and --gpus-per-node"),
         (["--world-size", "3", "dist.zero=3", "dist.replicas=2"], "dist.replicas 2 does not divide the 3 ranks"),
         (["--json", "/nowhere/plan.json"], "--json: cannot write /nowhere/plan.json"),
