@@ -161,7 +161,7 @@ def test_what_cannot_be_written_or_read_is_told(gpt: SimpleNamespace, on_ranks: 
     def body(rank: int, world: int) -> None:
         engine = gpt.engine(gpt.config(2))
         (tmp_path / "file").touch()
-        with pytest.raises(UserError, match="could not be written to .*file"):
+        with pytest.raises(UserError, match=r"could not be written to .*file"):
             save_checkpoint(engine, tmp_path / "file")
         save_checkpoint(engine, tmp_path / "saved")
         (tmp_path / "saved" / ".metadata").write_bytes(b"no pickle")

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from torch.distributed.tensor import DTensor
 
 from muonlm.config.errors import UserError
