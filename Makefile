@@ -91,7 +91,7 @@ comma := ,
 # pip shows its progress in a terminal, and elsewhere only warnings and errors.
 define install
 	@$(py) -m pip --version >/dev/null 2>&1 || { $(create_venv); }
-	@echo "Installing muonlm and what it needs into $(VENV): minutes, and 1.5 to 2.5 GB of disk (more with CUDA)."
+	@echo "Installing muonlm and what it needs into $(VENV): minutes, and 1.5 to 3 GB of disk (more with CUDA)."
 	@$(py) -m pip install $$(test -t 1 || echo --quiet) --disable-pip-version-check $(PIP_FLAGS) \
 		--constraint .ci/constraints.txt torch --editable '$(1)'
 endef

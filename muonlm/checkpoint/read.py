@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from muonlm.checkpoint import store
 from muonlm.config.errors import UserError
-from muonlm.dist.quiet import quiet_checkpoints
+from muonlm.dist.dcp import UNREADABLE, quiet_checkpoints
 
 _MODEL = "model."
 
@@ -57,7 +57,7 @@ class StoredModel:
         self.path = Path(path)
         try:
             stored = dcp.FileSystemReader(self.path).read_metadata().state_dict_metadata
-        except store.UNREADABLE as error:
+        except UNREADABLE as error:
             raise UserError(f"checkpoint {path} cannot be read: {error}; take another step") from error
         self._stored = {
             name.removeprefix(_MODEL): entry
@@ -77,6 +77,6 @@ class StoredModel:
         try:
             with quiet_checkpoints():
                 dcp.load({_MODEL + name: tensor}, checkpoint_id=self.path, no_dist=True)
-        except store.UNREADABLE as error:
+        except UNREADABLE as error:
             raise UserError(f"checkpoint {self.path}: {name} cannot be read: {error}; take another step") from error
         return tensor

@@ -14,7 +14,6 @@ import errno
 import json
 import logging
 import os
-import pickle
 import shutil
 import zlib
 from collections.abc import Iterator
@@ -30,7 +29,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_mo
 from muonlm.config.errors import UserError
 from muonlm.dist import collectives
 from muonlm.dist.agree import on_main
-from muonlm.dist.quiet import quiet_checkpoints
+from muonlm.dist.dcp import UNREADABLE, quiet_checkpoints
 from muonlm.optim.muon import Muon
 from muonlm.optim.state import named_state
 
@@ -39,11 +38,6 @@ MARKER = "complete.json"
 SCHEMA_VERSION = 1
 _TEMPORARY = ".unfinished_"
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES)
-# What damaged files give, torch's pickled metadata among them.
-UNREADABLE = (
-    dcp.api.CheckpointException, OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, ImportError,
-    pickle.UnpicklingError,
-)  # fmt: skip
 _log = logging.getLogger(__name__)
 
 

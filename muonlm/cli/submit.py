@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,11 +33,11 @@ def add(commands: Any) -> None:
     add = parser.add_argument
     add("--to", required=True, choices=("torchrun", "slurm", "k8s"), help="who starts it")
     add("--dry-run", action="store_true", help="print the script and submit nothing")
-    add("--nodes", type=_positive, default=1, metavar="N", help="number of nodes; 1 by default")
-    add("--gpus-per-node", type=_positive, metavar="G", help="GPUs of each node, a rank each")
-    add("--ranks-per-node", type=_positive, metavar="R", help="ranks of each node that compute on CPUs")
-    add("--cpus-per-node", type=_positive, metavar="C", help="cores of each node; whole nodes otherwise (slurm)")
-    add("--elastic", type=_positive, metavar="MIN", help="go on with as few as MIN nodes (torchrun)")
+    add("--nodes", type=_whole(1), default=1, metavar="N", help="number of nodes; 1 by default")
+    add("--gpus-per-node", type=_whole(1), metavar="G", help="GPUs of each node, a rank each")
+    add("--ranks-per-node", type=_whole(1), metavar="R", help="ranks of each node that compute on CPUs")
+    add("--cpus-per-node", type=_whole(1), metavar="C", help="cores of each node; whole nodes otherwise (slurm)")
+    add("--elastic", type=_whole(1), metavar="MIN", help="go on with as few as MIN nodes (torchrun)")
     add("--head", metavar="HOST:PORT", help="where several nodes meet: an address of the first one (torchrun)")
     add("--time", help="time limit, as sbatch takes it; the run queues again and goes on (slurm)")
     add("--partition", help="partition (slurm)")
@@ -46,8 +48,8 @@ def add(commands: Any) -> None:
     add("--workdir", metavar="DIR", help="where the job runs; here by default, /workspace in k8s")
     add("--interface", metavar="NAME", help="network interface for NCCL's and gloo's sockets, the same on all nodes")
     add("--env", action="append", default=[], metavar="NAME=VALUE", help="variable of the ranks; may repeat")
-    add("--grace", type=_positive, default=120, metavar="S", help="seconds between stop signal and end; 120 by default")
-    add("--max-restarts", type=int, default=3, metavar="N", help="restarts after a failure; 3 by default")
+    add("--grace", type=_whole(1), default=120, metavar="S", help="seconds between stop signal and end; 120 by default")
+    add("--max-restarts", type=_whole(0), default=3, metavar="N", help="restarts after a failure; 3 by default")
     add("--python", metavar="FILE", help="interpreter that has muonlm; this one by default, python3 in a container")
     add("--templates", type=Path, metavar="DIR", help="folder with own versions of files of launch/")
     add("--gpu", metavar="NAME", help="refuse a run that cannot fit on this GPU (names: muonlm plan --help)")
@@ -56,17 +58,24 @@ def add(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check the job, then print or submit it."""
-    from muonlm.launch.job import check, unprepared_data
+    from muonlm.launch.here import assumed, missing, unprepared_data
+    from muonlm.launch.job import check
     from muonlm.launch.scripts import render
     from muonlm.launch.send import send
 
     job = _job(args)
     check(job)
+    for problem in missing(job):
+        if not args.dry_run:
+            raise UserError(problem)
+        print(problem, file=sys.stderr)
     for path, config in unprepared_data(job):
         if args.dry_run:
             print(_unprepared(path, config), file=sys.stderr)
         elif config is None:
             raise UserError(_unprepared(path, config))
+    for assumption in assumed(job):
+        print(assumption, file=sys.stderr)
     if args.gpu:
         _check_memory(job, args.gpu)
     script = render(job)
@@ -76,17 +85,20 @@ def run(args: argparse.Namespace) -> int:
 
 def _job(args: argparse.Namespace) -> Job:
     from muonlm.config.load import load_train
+    from muonlm.launch.here import find_own, name_in_job
     from muonlm.launch.job import Job, load_runs
 
     if (args.gpus_per_node is None) == (args.ranks_per_node is None):
         raise UserError("give either --gpus-per-node, or --ranks-per-node for ranks that compute on CPUs")
     if args.templates and not args.templates.is_dir():
         raise UserError(f"--templates {args.templates}: no such folder")
-    given = {"workdir": args.workdir or ("/workspace" if args.to == "k8s" else None), "python": args.python}
+    workdir = (args.workdir or "/workspace") if args.to == "k8s" else os.path.abspath(args.workdir or ".")
+    own = find_own(args.config)
+    in_job = name_in_job(args.config, own, target=args.to, container=args.container, workdir=workdir)
     return Job(
         target=args.to,
         name=load_train(args.config, args.overrides).name,
-        runs=load_runs(args.config, args.overrides, [_split(text) for text in args.each]),
+        runs=load_runs(args.config, args.overrides, [_split(text) for text in args.each], in_job=in_job),
         nodes=args.nodes,
         ranks_per_node=args.gpus_per_node or args.ranks_per_node,
         gpus_per_node=args.gpus_per_node or 0,
@@ -102,9 +114,18 @@ def _job(args: argparse.Namespace) -> Job:
         env=tuple(_variable(text) for text in args.env),
         grace_s=args.grace,
         max_restarts=args.max_restarts,
-        templates=args.templates,
-        **{key: value for key, value in given.items() if value},
+        python=_python(args),
+        workdir=workdir,
+        templates=args.templates and args.templates.absolute(),
+        config_file=own,
     )
+
+
+def _python(args: argparse.Namespace) -> str:
+    """A path from here, unless it is one in a container."""
+    if args.container:
+        return args.python or "python3"
+    return os.path.abspath(args.python) if "/" in (args.python or "") else args.python or sys.executable
 
 
 def _unprepared(path: Path, config: str | None) -> str:
@@ -144,13 +165,17 @@ def _split(text: str) -> list[str]:
 
 def _variable(text: str) -> tuple[str, str]:
     name, sign, value = text.partition("=")
-    if not sign or not name.isidentifier():
+    if not sign or not (name.isascii() and name.isidentifier()):
         raise UserError(f"--env {text} is not NAME=VALUE")
     return name, value
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
+def _whole(least: int) -> Callable[[str], int]:
+    """A parser of whole numbers from `least` on."""
+
+    def parse(text: str) -> int:
+        if not (text.isascii() and text.isdigit() and least <= int(text) <= 10**9):
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {least} to 10^9")
+        return int(text)
+
+    return parse

@@ -293,9 +293,10 @@ class TrainConfig(Section):
         is_selective = self.loop.activation_checkpointing == "selective"
         if self.dist.engine == "deepspeed" and self.dist.zero == 3 and (self.loop.compile or is_selective):
             wrong = "loop.compile" if self.loop.compile else 'loop.activation_checkpointing "selective"'
+            instead = "loop.compile = false" if self.loop.compile else 'loop.activation_checkpointing = "full"'
             raise ValueError(
                 f'{wrong} does not go with dist.engine "deepspeed" and zero = 3, whose hooks gather parameters within '
-                'blocks; leave it out, or take dist.zero = 2 or dist.engine = "torch"'
+                f'blocks; take {instead}, dist.zero = 2, or dist.engine = "torch"'
             )
         return self
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -17,7 +18,6 @@ from muonlm.config.errors import UserError
 from muonlm.config.load import load_train
 from muonlm.config.ranks import micro_batch_size, rank_grid
 from muonlm.config.schema import TrainConfig
-from muonlm.data.manifest import MANIFEST_NAME
 
 Target = Literal["torchrun", "slurm", "k8s"]
 
@@ -53,6 +53,7 @@ class Job:
         max_restarts: how often torchrun starts the ranks again after one failed.
         python: the interpreter that has muonlm. workdir: where the job runs, and relative paths begin.
         templates: a folder whose files win over the shipped ones.
+        config_file: the config's file on this machine; None for a config that comes with muonlm.
     """
 
     target: Target
@@ -76,6 +77,12 @@ class Job:
     python: str = sys.executable
     workdir: str = field(default_factory=os.getcwd)
     templates: Path | None = None
+    config_file: Path | None = None
+
+    @property
+    def k8s_name(self) -> str:
+        """The name as Kubernetes takes it: lower case, and `-` for what a DNS label cannot have."""
+        return re.sub(r"[^a-z0-9-]+", "-", self.name.lower()).strip("-")
 
     @property
     def container_kind(self) -> Literal["apptainer", "pyxis", None]:
@@ -85,13 +92,15 @@ class Job:
         return "apptainer" if self.container.endswith(".sif") else "pyxis"
 
 
-def load_runs(config: str, overrides: Sequence[str], each: Sequence[Sequence[str]]) -> tuple[Run, ...]:
-    """The run of a config, or one for each further list of overrides.
+def load_runs(
+    config: str, overrides: Sequence[str], each: Sequence[Sequence[str]], *, in_job: str | None = None
+) -> tuple[Run, ...]:
+    """The run of a config, or one for each further list of overrides. `in_job` is what the job calls the config.
 
     Raises UserError for an invalid config, and where two runs would share a directory.
     """
     changes = [[*overrides, *more] for more in each] or [list(overrides)]
-    runs = tuple(Run(load_train(config, change), (config, *change)) for change in changes)
+    runs = tuple(Run(load_train(config, change), (in_job or config, *change)) for change in changes)
     seen: dict[Path, int] = {}
     for index, run in enumerate(runs):
         other = seen.setdefault(Path(run.run_dir).absolute(), index)
@@ -105,6 +114,7 @@ def load_runs(config: str, overrides: Sequence[str], each: Sequence[Sequence[str
 
 def check(job: Job) -> None:
     """Refuse what could not run as asked, before it waits in a queue. Raises UserError with what to change."""
+    _check_characters(job)
     _check_target(job)
     for run in job.runs:
         for nodes in range(job.min_nodes or job.nodes, job.nodes + 1):
@@ -126,15 +136,26 @@ def _check_ranks(config: TrainConfig, world_size: int) -> None:
         raise UserError(f"{config.name} on {world_size} ranks: {error}") from None
 
 
-def unprepared_data(job: Job) -> list[tuple[Path, str | None]]:
-    """Directories without prepared data, each with the data config by which the job prepares them; None without one.
+def _check_characters(job: Job) -> None:
+    """Quotes keep a line break in a shell's word, but not in a `#SBATCH` line, a here-document or YAML."""
+    for option, text in _texts(job):
+        if any(unicodedata.category(character) in {"Cc", "Cs", "Zl", "Zp"} for character in text):
+            raise UserError(f"{option} {text!r} has a line break or another character that a script cannot carry")
 
-    Empty for a job in a container, whose files this machine may not see.
-    """
-    if job.container is not None:
-        return []
-    used = dict.fromkeys((Path(job.workdir, run.config.data.path), run.config.data.prepare) for run in job.runs)
-    return [(path, config) for path, config in used if not (path / MANIFEST_NAME).is_file()]
+
+def _texts(job: Job) -> Iterator[tuple[str, str]]:
+    """(what the user calls it, value) of each text that can come into a script."""
+    for key in job.__dataclass_fields__:
+        value = getattr(job, key)
+        if isinstance(value, str):
+            yield _flag(key), value
+    yield from (("--sbatch", option) for option in job.options)
+    yield from (("--env", f"{name}={value}") for name, value in job.env)
+    for run in job.runs:
+        config, *overrides = run.arguments
+        yield "config", config
+        yield from (("override", override) for override in overrides)
+        yield "run_dir", run.run_dir
 
 
 # Option -> the targets that know it.
@@ -149,16 +170,20 @@ _ONLY: dict[str, tuple[Target, ...]] = {
     "container": ("slurm", "k8s"),
 }
 _FLAGS = {"options": "--sbatch", "min_nodes": "--elastic", "cpus_per_node": "--cpus-per-node"}
-_TIME = re.compile(r"\d+(:\d\d){0,2}|\d+-\d\d?(:\d\d){0,2}")
+_TIME = re.compile(r"\d+(:\d\d){0,2}|\d+-\d\d?(:\d\d){0,2}", re.ASCII)
+_LONGEST_TIME_S = 2**31 - 1  # Slurm counts the seconds in an int
+_LONGEST_LABEL = 63
+
+
+def _flag(key: str) -> str:
+    return _FLAGS.get(key, f"--{key}")
 
 
 def _check_target(job: Job) -> None:
     for key, targets in _ONLY.items():
         if getattr(job, key) and job.target not in targets:
             hint = "; start it inside the container" if key == "container" else ""
-            raise UserError(
-                f"{_FLAGS.get(key, f'--{key}')} is for --to {' and '.join(targets)}, not {job.target}{hint}"
-            )
+            raise UserError(f"{_flag(key)} is for --to {' and '.join(targets)}, not {job.target}{hint}")
     if len(job.runs) > 1 and job.target != "slurm":
         raise UserError("--each makes an array job, which only --to slurm has; submit the runs one by one")
     if job.min_nodes > job.nodes:
@@ -167,10 +192,8 @@ def _check_target(job: Job) -> None:
         raise UserError("--to torchrun on several nodes needs --head HOST:PORT, an address of the first one")
     if job.head and not re.fullmatch(r"\S+:\d+", job.head):
         raise UserError(f"--head {job.head} is not HOST:PORT, as in 10.0.0.1:29400")
-    if job.target == "k8s" and not job.container:
-        raise UserError("--to k8s needs --container IMAGE, one that has muonlm")
-    if job.target == "k8s" and not job.volume:
-        raise UserError("--to k8s needs --volume CLAIM: without one, the run directory ends with its pod")
+    if job.target == "k8s":
+        _check_kubernetes(job)
     if job.time and not _TIME.fullmatch(job.time):
         raise UserError(f"--time {job.time} is no time of Slurm: minutes, H:MM:SS, or D-HH:MM:SS")
     if job.time and _seconds(job.time) <= job.grace_s:
@@ -178,9 +201,35 @@ def _check_target(job: Job) -> None:
             f"--time {job.time} is no longer than the {job.grace_s} s that are kept for saving; raise it, or lower "
             "--grace"
         )
+    if job.time and _seconds(job.time) > _LONGEST_TIME_S:
+        raise UserError(
+            f"--time {job.time} is longer than the 68 years that Slurm can count; a plain number is minutes"
+        )
     for option in job.options:
-        if not option.startswith("-") or "\n" in option:
+        if not option.startswith("-"):
             raise UserError(f"--sbatch {option!r} is no option of sbatch; write it whole, as in --sbatch=--qos=high")
+    if "/" not in job.python and len(job.python.split()) != 1:
+        raise UserError(f"--python {job.python!r} is no interpreter: give one path or one name, without arguments")
+
+
+def _check_kubernetes(job: Job) -> None:
+    if not job.container:
+        raise UserError("--to k8s needs --container IMAGE, one that has muonlm")
+    if not job.volume:
+        raise UserError("--to k8s needs --volume CLAIM: without one, the run directory ends with its pod")
+    if not job.workdir.startswith("/"):
+        raise UserError(f"--workdir {job.workdir}: in a pod it begins with /, as /workspace does")
+    if not re.match("[a-z]", job.k8s_name):
+        raise UserError(
+            f"name = {job.name} would be {job.k8s_name!r} in Kubernetes, where a name begins with a letter; give "
+            "another, as in name=run-1"
+        )
+    longest = _LONGEST_LABEL - len(f"-{job.nodes - 1}")  # a pod's host name ends with its number
+    if len(job.k8s_name) > longest:
+        raise UserError(
+            f"name = {job.name} has {len(job.k8s_name)} characters in Kubernetes, which beside the number of a pod has "
+            f"room for {longest}; give a shorter one, as in name=run-1"
+        )
 
 
 def _seconds(time: str) -> int:

@@ -24,7 +24,9 @@ def send(job: Job, script: str) -> str:
         )
     if job.target == "torchrun":
         os.execvp("bash", ["bash", "-c", script, "bash"])
-    done = subprocess.run(command, input=script, capture_output=True, text=True, cwd=job.workdir, check=False)
+    # sbatch writes the output where it is called; the directory of a pod need not be on this machine.
+    cwd = job.workdir if job.target == "slurm" else None
+    done = subprocess.run(command, input=script, capture_output=True, text=True, cwd=cwd, check=False)
     if done.returncode:
         said = done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}"
         raise UserError(f"{command[0]} refused the job: {said}\nsee what it was given with --dry-run")

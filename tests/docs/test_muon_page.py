@@ -77,7 +77,8 @@ def test_what_is_said_of_the_singular_values() -> None:
     first_half = torch.linalg.svdvals(names["O"])[:32]
     assert f"first half of the directions is within {(first_half - 1).abs().max():.0%}" in PROSE.replace(" %", "%")
     lift = math.prod(a for a, _, _ in coefficients("polar_express", 5))
-    assert f"about {round(lift, -3):,.0f}-fold at most" in PROSE, lift
+    assert f"lift a small singular value {lift:.0f}-fold at most" in PROSE, lift
+    assert f"which ends at {torch.linalg.svdvals(names['O'])[-1]:.2f}" in PROSE
 
 
 def test_learning_rates_are_those_of_convert_learning_rate() -> None:

@@ -15,10 +15,9 @@ import torch.distributed.checkpoint as dcp
 
 from muonlm.bridge.deepspeed.optimizer import DeepSpeedMuon
 from muonlm.bridge.deepspeed.partitions import refresh
-from muonlm.checkpoint.store import UNREADABLE
 from muonlm.config.errors import UserError
 from muonlm.dist import collectives
-from muonlm.dist.quiet import quiet_checkpoints
+from muonlm.dist.dcp import UNREADABLE, quiet_checkpoints
 
 
 def save_checkpoint(engine: Any, path: str | Path) -> None:

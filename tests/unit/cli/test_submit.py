@@ -90,7 +90,9 @@ def run_with_recorder(script: str, folder: Path, **variables: str) -> list[str]:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_scripts_are_clean_under_shellcheck(target: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    scripts = shell_scripts(target, dry_run(capsys, target, "run_dir=runs/it's mine", "--env", "A=it's"))
+    env = [f"--env={value}" for value in ("A=it's", "B=`x`", "C=it’s", "D=x\\")]
+    awkward = (AWKWARD + " $(y) ${z}", "--python", "/a $b/python", *env)
+    scripts = shell_scripts(target, dry_run(capsys, target, *awkward))
     for script in scripts:
         assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
     if shutil.which("shellcheck") is None:
@@ -101,13 +103,14 @@ def test_scripts_are_clean_under_shellcheck(target: str, folder: Path, capsys: p
 
 
 def test_arguments_reach_torchrun_as_they_were_given(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    awkward = ("--python", "recorder", "--env", "MARK=a 'b' $c", AWKWARD, "name=x")
-    script = dry_run(capsys, "torchrun", *awkward)
+    escapes = r"data.path=\ \\ \$HOME \" $(id) ’` ${x} !"
+    mark = "a 'b' $c \\"
+    script = dry_run(capsys, "torchrun", "--python", "recorder", "--env", f"MARK={mark}", AWKWARD, escapes, "name=x")
     words = run_with_recorder(script, folder)
-    assert words[-5:] == ["muonlm", "train", "smoke", AWKWARD, "name=x"]
+    assert words[-6:] == ["muonlm", "train", "smoke", AWKWARD, escapes, "name=x"]
     assert "--nproc-per-node=2" in words
     assert "--standalone" in words
-    assert (folder.parent / "record.env").read_text() == "a 'b' $c"
+    assert (folder.parent / "record.env").read_text() == mark
 
 
 def test_two_nodes_meet_at_the_head_and_only_the_head_serves(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -159,6 +162,14 @@ def test_kubernetes_job_is_complete(folder: Path, capsys: pytest.CaptureFixture[
     assert container["resources"]["limits"] == {"nvidia.com/gpu": 2}
     assert container["args"][1:] == ["muonlm", "smoke", "name=My.run", AWKWARD]
     assert f"head={name}-0.{name}:29400" in container["args"][0]
+
+
+@pytest.mark.parametrize("name", ["null", "on", "a" * 61, "x_1.2_"])
+def test_names_that_kubernetes_takes_stay(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    service, job = yaml.safe_load_all(dry_run(capsys, "k8s", f"name={name}"))
+    expected = name.replace("_", "-").replace(".", "-").rstrip("-")
+    assert service["metadata"]["name"] == service["spec"]["selector"]["job-name"] == expected
+    assert job["metadata"]["name"] == job["spec"]["template"]["spec"]["subdomain"] == expected
 
 
 @pytest.mark.parametrize(
@@ -240,6 +251,9 @@ def test_own_templates_win(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "#SBATCH --requeue" in script
 
 
+KUBERNETES = ["--to", "k8s", "--gpus-per-node", "1", "--container", "x", "--volume", "v"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -267,15 +281,83 @@ def test_own_templates_win(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
         (["--to", "k8s", "--gpus-per-node", "2"], "needs --container IMAGE"),
         (["--to", "k8s", "--gpus-per-node", "2", "--container", "x"], "needs --volume CLAIM"),
         (["--to", "slurm", "--gpus-per-node", "2", "--env", "no"], "--env no is not NAME=VALUE"),
+        (["--to", "slurm", "--gpus-per-node", "2", "--env", "é=1"], "--env é=1 is not NAME=VALUE"),
+        (["--to", "slurm", "--gpus-per-node", "2", "--time", "9" * 17], "longer than the 68 years"),
+        (["--to", "slurm", "--gpus-per-node", "2", "--time", "99999-00"], "longer than the 68 years"),
+        (["--to", "torchrun", "--gpus-per-node", "2", "--python", "nope py"], "--python 'nope py' is no interpreter"),
+        ([*KUBERNETES, "name=__"], "name = __ would be '' in Kubernetes, where a name begins with a letter"),
+        ([*KUBERNETES, "name=1.2_x"], "name = 1.2_x would be '1-2-x' in Kubernetes"),
+        (
+            [*KUBERNETES, f"name={'a' * 62}"],
+            "62 characters in Kubernetes, which beside the number of a pod has room for 61",
+        ),
+        ([*KUBERNETES, f"name={'a' * 61}", "--nodes", "16", "loop.batch_size=16"], "has room for 60"),
+        ([*KUBERNETES, "--workdir", "runs"], "--workdir runs: in a pod it begins with /"),
         (["--to", "slurm", "--gpus-per-node", "2", "--gpu", "h101"], "h101"),
         (["--to", "slurm", "--ranks-per-node", "2", "--gpu", "h100-80gb"], "goes with --gpus-per-node"),
     ],
 )
 def test_what_cannot_run_is_refused_before_it_is_sent(
-    arguments: list[str], message: str, folder: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    message: str,
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("PATH", str(folder))  # what is not refused starts nothing, and does not replace this process
     assert main(["submit", "smoke", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("character", ["\n", "\r", "\x1b", "\x85", "\u2028", "\udcff"], ids=ascii)
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--partition=a{}b",
+        "--sbatch=--qos=a{}b",
+        "--env=A=x{}END_OF_NODE_SCRIPT",
+        "--interface=a{}b",
+        "--python=/a{}b",
+        "--workdir=/a{}b",
+        "--container=a{}b",
+        "--each=name=a 'run_dir=a{}b'",
+        "data.path=a{}b",
+    ],
+)
+def test_values_cannot_add_lines_to_a_script(
+    option: str, character: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = option.format(character)
+    assert main(["submit", "smoke", "--to", "slurm", "--ranks-per-node", "2", "--dry-run", given]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "has a line break or another character that a script cannot carry" in printed.err
+
+
+def test_line_breaks_between_the_words_of_an_array_task_are_spaces(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = dry_run(capsys, "slurm-array", "--each", "name=c\n  seed=2")
+    assert "set -- smoke name=c seed=2\n" in script
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "least"),
+    [
+        ("--max-restarts", "-3", 0),
+        ("--max-restarts", "few", 0),
+        ("--ranks-per-node", "0", 1),
+        ("--nodes", "1.5", 1),
+        ("--grace", "9" * 17, 1),
+    ],
+)
+def test_numbers_out_of_range_say_what_the_range_is(
+    option: str, value: str, least: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["submit", "smoke", "--to", "slurm", option, value])
+    assert stop.value.code == 2
+    assert f"argument {option}: '{value}' is no whole number from {least} to 10^9" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("target", ["torchrun", "slurm-array"])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from muonlm.checkpoint.store import save
+from muonlm.checkpoint.store import ModelAndOptimizer, save
 from muonlm.config.errors import UserError
 from muonlm.config.load import dump_toml
 from muonlm.config.schema import AdamWConfig, DataConfig, GPTConfig, LoopConfig, MuonConfig, TrainConfig
@@ -50,7 +50,7 @@ def make_run(path: Path, optim: MuonConfig | AdamWConfig, update_rank: int) -> P
                 q = torch.linalg.qr(torch.randn(rows, min(rows, columns)))[0][:, :update_rank]
                 r = torch.linalg.qr(torch.randn(columns, min(rows, columns)))[0][:, :update_rank]
                 weight += q @ r.T
-    save(path, 1, model, build_optimizer(model, optim), {}, keep=1)
+    save(path, 1, ModelAndOptimizer(model, build_optimizer(model, optim)), {}, keep=1)
     return path
 
 

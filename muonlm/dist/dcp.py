@@ -1,10 +1,19 @@
-"""Warnings of torch.distributed.checkpoint that say nothing to users."""
+"""torch.distributed.checkpoint: warnings that say nothing to users, and what damaged files give."""
 
 from __future__ import annotations
 
+import pickle
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+import torch.distributed.checkpoint as dcp
+
+# torch's pickled metadata among them.
+UNREADABLE = (
+    dcp.api.CheckpointException, OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, ImportError,
+    pickle.UnpicklingError,
+)  # fmt: skip
 
 
 @contextmanager
