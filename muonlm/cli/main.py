@@ -39,11 +39,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     take_overrides(parser, args, rest)
     try:
         code = int(args.run(args))
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed before the start
+            sys.stdout.flush()
         return code
     except BrokenPipeError:
         forget_stdout()
         return 141
+    except SystemExit as left:
+        if isinstance(left.__context__, BrokenPipeError):  # rich makes that of it
+            return 141
+        raise
     except UserError as error:
         sys.stderr.write(_error_text(args.command, str(error)))
         return _failed(2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -84,22 +85,27 @@ def failure(command: Sequence[str], timeout_s: float, environment: Mapping[str, 
     """What `command` said last before it failed, None if it did not."""
     clean = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     try:
-        done = subprocess.run(
+        process = subprocess.Popen(
             command,
             env={**clean, **(environment or {})},
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            timeout=timeout_s,
-            check=False,
+            errors="replace",
+            start_new_session=True,
         )
     except OSError as error:
         return str(error)
+    try:
+        out, err = process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # what it has started, too
+        process.communicate()
         return f"no answer within {timeout_s:.0f} s"
-    if done.returncode == 0:
+    if process.returncode == 0:
         return None
-    lines = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
-    return _telling(lines) or f"exit code {done.returncode}"
+    lines = [line for line in (err or out).splitlines() if line.strip()]
+    return _telling(lines) or f"exit code {process.returncode}"
 
 
 def _telling(lines: Sequence[str]) -> str:

@@ -47,6 +47,6 @@ def run(args: argparse.Namespace) -> int:
         try:
             print(f"{status.state} at step {status.step}, {status.tokens:,} tokens{loss}: {config.resolved_run_dir}")
             print(then, flush=True)
-        except BrokenPipeError:  # a pipe that has gone makes no failure of a run
+        except OSError:  # a pipe that has gone, or a full disk behind it, makes no failure of a run
             forget_stdout()
     return 0

@@ -188,6 +188,11 @@ def train_configs(config: CompareConfig) -> dict[str, dict[str, Any]]:
         if own := sorted(key for key in flatten(values) if key in OWN_KEYS):
             raise UserError(f"{place}: {', '.join(own)} is decided by the comparison for each run; remove it")
     base = base_config(config)
+    if base.get("branch_from") is not None:
+        raise UserError(
+            "branch_from in a comparison: its optimizer would go on in one arm and begin anew in the other, and its "
+            "tokens would count in every budget; compare runs from the start, or from init_from"
+        )
     raws: dict[str, dict[str, Any]] = {}
     for arm in config.arms:
         if wrong := sorted(key for key in flatten(arm.set) if not key.startswith(ARM_KEYS)):

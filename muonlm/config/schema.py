@@ -5,9 +5,10 @@ Sources of truth flow from here: validation, `muonlm train --help` and docs/conf
 
 from __future__ import annotations
 
+import os
 from typing import ClassVar, Literal, Self
 
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
 from muonlm.config.model import GPTConfig, ModelConfig, MoEConfig
 from muonlm.config.optim import AdamWConfig, AuxConfig, MuonConfig, NewtonSchulzConfig, OptimConfig
@@ -223,6 +224,11 @@ class TrainConfig(Section):
     checkpoint: CheckpointConfig = field(CheckpointConfig(), "Checkpoints.")
     track: TrackConfig = field(TrackConfig(), "Metrics.")
     dist: DistConfig = field(DistConfig(), "Process group.")
+
+    @field_validator("branch_from")
+    @classmethod
+    def _normal_path(cls, value: str | None) -> str | None:
+        return None if value is None else os.path.normpath(value)  # one spelling, whichever is given
 
     @model_validator(mode="after")
     def _batch_fits(self) -> Self:

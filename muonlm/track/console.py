@@ -16,10 +16,11 @@ class ConsoleSink:
     """Shows steps, loss, tokens/s, remaining time and the latest evaluation loss."""
 
     def __init__(self, name: str, num_steps: int, start_step: int, stream: TextIO | None = None) -> None:
-        self._stream = stream or sys.stdout
+        self._is_gone = stream is None and sys.stdout is None  # closed before the start
+        self._stream: TextIO = stream or sys.stdout
         self._num_steps = num_steps
-        self._is_gone = False
-        self._bar: _Bar | None = _Bar(name, num_steps, start_step, self._stream) if self._stream.isatty() else None
+        is_terminal = not self._is_gone and self._stream.isatty()
+        self._bar: _Bar | None = _Bar(name, num_steps, start_step, self._stream) if is_terminal else None
 
     def write(self, kind: str, record: Mapping[str, Any]) -> None:
         """Show one record; a terminal or pipe that has gone is no reason to stop the run."""

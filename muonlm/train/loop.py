@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -27,7 +27,7 @@ from muonlm.train.branch import Branch, find_branch
 from muonlm.train.evaluate import evaluate
 from muonlm.train.preemption import StopSignals
 from muonlm.train.records import Meter, eval_record, event_record
-from muonlm.train.run_dir import Progress, RunDirectory, RunStatus
+from muonlm.train.run_dir import Progress, RunDirectory, RunStatus, check_same_data
 from muonlm.train.setup import Parts, build
 from muonlm.train.step import Diverged, check_finite, take_step
 
@@ -53,6 +53,8 @@ def train(config: TrainConfig, *, fresh: bool = False, stop: StopSignals | None 
     with StopSignals() if stop is None else nullcontext(stop) as signals:
         world = process.start(config.dist, config.loop.device)
         try:
+            if fresh:  # before it removes anything
+                on_main(lambda: find_branch(config))
             with RunDirectory(config, world, fresh=fresh) as run, _lost_ranks(world, run):
                 return run.finished or _train(config, world, run, signals)
         finally:
@@ -80,13 +82,15 @@ def _train(config: TrainConfig, world: World, run: RunDirectory, stop: StopSigna
     parts = build(config, world, run.recorded, init_from)
     if init_from is not None:
         check_finite(parts, 0, f"as loaded from {init_from}")
-    progress = _restore(parts, checkpoint, branch)
+    progress = _restore(parts, checkpoint, branch, run.recorded)
     _show_rules(parts, run)
     with _open_tracker(parts, run, progress) as tracker:
         run.begin(parts.environment, parts.rules)
         run.update("running", progress)
         begun = "branch" if branch is not None else "resume" if progress.step else "start"
         tracker.event(event_record(progress, begun, attempt=run.attempt, **_origin(branch)))
+        if branch is not None:  # from here on the other run is not needed, and what it does makes no difference
+            _save(parts, progress, run, tracker)
         meter, stopping = Meter(parts), collectives.any_rank(stop.requested)
         while progress.step < config.num_steps and not stopping:
             number = progress.step + 1
@@ -112,9 +116,15 @@ def _train(config: TrainConfig, world: World, run: RunDirectory, stop: StopSigna
         return run.end("finished", progress)
 
 
-def _restore(parts: Parts, checkpoint: Path | None, branch: Branch | None) -> Progress:
+def _restore(parts: Parts, checkpoint: Path | None, branch: Branch | None, recorded: Mapping[str, Any]) -> Progress:
     """Load the run's own checkpoint, or that of the run which it branches off; the same on all ranks."""
     if checkpoint is not None:
+        check_same_data(
+            recorded,
+            parts.environment,
+            f"{parts.config.data.path} holds other data than when this run began; restore them, or start a run of "
+            "another name",
+        )
         return Progress(**store.load(checkpoint, parts.contents))
     if branch is None:
         return Progress()

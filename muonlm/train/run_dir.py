@@ -198,10 +198,18 @@ def config_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[s
     ]
 
 
+def check_same_data(recorded: Mapping[str, Any], found: Mapping[str, Any], message: str) -> None:
+    """Raise UserError where two environments have other data; what the older one does not say is not compared."""
+    keys = ("tokenizer_fingerprint", "train_fingerprint", "validation_fingerprint")
+    if any(recorded.get(key) not in (None, found[key]) for key in keys):
+        raise UserError(message)
+
+
 def _check_same_config(path: Path, config: TrainConfig) -> None:
     file = path / "config.toml"
     if not file.exists():
-        state = [name for name in ("checkpoints", "metrics.jsonl", "status.json") if (path / name).exists()]
+        # An empty metrics.jsonl is of a start that came no further.
+        state = [name for name in ("checkpoints", "metrics.jsonl", "status.json") if _has_content(path / name)]
         if state:
             raise UserError(
                 f"run directory {path} holds {', '.join(state)} but no config.toml: whose they are cannot be told. "
@@ -221,6 +229,10 @@ def _check_same_config(path: Path, config: TrainConfig) -> None:
             f"Give this run another name or run_dir (branch_from={path} goes on from there), set these keys back to go "
             "on with the old run, or discard the old run with --fresh"
         )
+
+
+def _has_content(path: Path) -> bool:
+    return path.is_dir() or (path.is_file() and path.stat().st_size > 0)
 
 
 def _check_is_run(path: Path) -> None:

@@ -138,6 +138,7 @@ def build(config: TrainConfig, world: World, recorded: dict[str, Any], init_from
             **running.about,
             "ranks": mesh.grid._asdict(),
             "tokenizer_fingerprint": train_data.tokenizer_fingerprint,
+            "train_fingerprint": train_data.fingerprint,
             "validation_fingerprint": validation_data.fingerprint,
         },
         rules=rules_table(rules, *running.plans),

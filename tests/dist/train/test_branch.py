@@ -84,6 +84,7 @@ def test_adamw_becomes_muon_on_the_way(make_config, train_ranks, dist, size) -> 
     ("changes", "message"),
     [
         ({"seed": 1}, r"may not change:\n  seed: 0 -> 1"),
+        ({"optim.momentum_form": "sum"}, r"optim\.momentum_form: 'ema' -> 'sum'"),
         ({"loop.batch_size": 24}, r"loop\.batch_size: 12 -> 24"),
         ({"model.num_layers": 3}, r"model\.num_layers: 2 -> 3"),
         ({"loop.steps": 5, "schedule.warmup_steps": 1}, "stands at step 10, and this run ends at step 5: raise"),
@@ -107,10 +108,69 @@ def test_other_data_are_refused(make_config, stdlib_data, tmp_path) -> None:
     train(old)
     recorded = Path(old.resolved_run_dir, "environment.json")
     text = recorded.read_text()
-    for key in ("tokenizer_fingerprint", "validation_fingerprint"):
+    for key in ("tokenizer_fingerprint", "train_fingerprint", "validation_fingerprint"):
         recorded.write_text(text.replace(f'"{key}": "', f'"{key}": "0'))
         with pytest.raises(UserError, match="trained on other data or with another tokenizer"):
             train(make_config("new", **{**SHORT, "loop.steps": 20}, branch_from=old.resolved_run_dir))
+
+
+def test_what_the_old_run_does_later_makes_no_difference(make_config, train_ranks) -> None:
+    """The first step of a branch is preceded by a checkpoint of its own."""
+    old = make_config("old", **SHORT)
+    train_ranks(old, at=5)
+    where = max(Path(old.resolved_run_dir, "checkpoints").iterdir()).name
+    settings = {**SHORT, "loop.steps": 16, "checkpoint.interval_steps": 0}
+    new = make_config("new", **settings, branch_from=old.resolved_run_dir)
+    assert train_ranks(new, at=int(where[5:]) + 1)[0].state == "preempted"
+    train(old)
+    assert train(new).state == "finished"
+    assert [r["event"] for r in records(new, "event")].count("branch") == 1
+    (first, *_) = [r for r in records(new, "event") if r["event"] == "checkpoint"]
+    assert first["step"] == int(where[5:])
+    assert [r["step"] for r in records(new, "train")] == list(range(int(where[5:]) + 1, 17))
+
+
+def test_fresh_removes_nothing_that_it_branches_from_or_cannot_replace(make_config) -> None:
+    old = make_config("old", **SHORT)
+    train(old)
+    same = make_config("old", **{**SHORT, "loop.steps": 20}, branch_from=checkpoint(old, 5))
+    with pytest.raises(UserError, match="lies in the run directory of this run"):
+        train(same, fresh=True)
+    assert Path(checkpoint(old, 5)).is_dir()
+    lost = make_config("old", **SHORT, branch_from=f"{old.resolved_run_dir}-gone")
+    with pytest.raises(UserError, match="no such directory"):
+        train(lost, fresh=True)
+    assert Path(checkpoint(old, 5)).is_dir()
+
+
+def test_paths_are_taken_however_they_are_written(make_config, monkeypatch) -> None:
+    """Relative ones, with a slash behind, renamed; the step is what the checkpoint says."""
+    old = make_config("old", **SHORT)
+    train(old)
+    monkeypatch.chdir(f"{old.resolved_run_dir}/checkpoints")
+    Path("step_00000005").rename("best")
+    for number, path in enumerate(("best/", "./best", "step_00000010")):
+        settings = {**SHORT, "loop.steps": 12}
+        train(make_config(f"new {number}", **settings, branch_from=path))
+        assert train(make_config(f"new {number}", **settings, branch_from=f"./{path.strip('./')}/")).step == 12
+    assert [r["step"] for r in records(make_config("new 0", **SHORT), "train")] == list(range(6, 13))
+    with pytest.raises(UserError, match="stands at step 5, and this run ends at step 4"):
+        train(make_config("short", **{**SHORT, "loop.steps": 4}, branch_from="best"))
+    shutil.copytree("best", "../../copied/step")
+    with pytest.raises(UserError, match=r"RUN/checkpoints/step_N beside RUN/config\.toml"):
+        train(make_config("other", **SHORT, branch_from="../../copied/step"))
+    Path("../environment.json").write_text("{")
+    with pytest.raises(UserError, match=r"environment\.json cannot be read"):
+        train(make_config("unreadable", **{**SHORT, "loop.steps": 20}, branch_from="best"))
+
+
+def test_a_run_does_not_go_on_with_other_data(make_config, train_ranks) -> None:
+    config = make_config("a", **SHORT)
+    train_ranks(config, at=5)
+    recorded = Path(config.resolved_run_dir, "environment.json")
+    recorded.write_text(recorded.read_text().replace('"train_fingerprint": "', '"train_fingerprint": "0'))
+    with pytest.raises(UserError, match="holds other data than when this run began"):
+        train(config)
 
 
 def test_there_must_be_a_checkpoint_and_one_beginning(make_config, tmp_path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -213,6 +214,9 @@ def test_failure_is_the_last_word_of_the_command(monkeypatch: pytest.MonkeyPatch
     assert probes.failure([*python, "raise OSError('no such library')"], 60) == "OSError: no such library"
     assert probes.failure([*python, "raise SystemExit(3)"], 60) == "exit code 3"
     assert probes.failure([*python, "import time; time.sleep(60)"], 0.2) == "no answer within 0 s"
+    assert probes.failure(["sh", "-c", r"printf '\377bad' >&2; exit 1"], 60) == "\ufffdbad"
+    probes.failure(["sh", "-c", "sleep 61.25; true"], 0.2)
+    assert subprocess.run(["pgrep", "-f", "sleep 61.25"], check=False, capture_output=True).stdout == b""
     message = "import sys; print('muonlm doctor: error\\nrank 1 is missing\\nTraceback', file=sys.stderr); sys.exit(1)"
     assert probes.failure([*python, message], 60) == "muonlm doctor: error rank 1 is missing"
 

@@ -243,3 +243,12 @@ def test_a_pipe_that_has_gone_ends_a_command_with_141_and_no_traceback() -> None
         process.stdout.close()
         assert process.stderr.read() == ""
     assert process.returncode == 141
+
+
+@pytest.mark.parametrize("words", [["data", "describe"], ["plan", "gpt-10m", "--vocab-size", "1024"]])
+def test_standard_output_may_be_closed_before_the_start(words: list[str], stdlib_data: Path) -> None:
+    command = [sys.executable, "-m", "muonlm", *words, *([str(stdlib_data)] if "describe" in words else [])]
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$@" >&-', "sh", *command], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert "Traceback" not in done.stderr

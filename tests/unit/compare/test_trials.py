@@ -100,6 +100,12 @@ def test_an_arm_may_say_what_muon_takes(config) -> None:
     assert raws["muon"]["optim"]["overrides"] == changed["optim.overrides"]
 
 
+def test_a_branch_is_no_beginning_of_a_comparison(config) -> None:
+    config = config.model_copy(update={"set": {**config.set, "branch_from": "runs/other"}})
+    with pytest.raises(UserError, match="branch_from in a comparison"):
+        train_configs(config)
+
+
 def test_unsorted_grids_are_refused(config) -> None:
     arms = [config.arms[0], config.arms[1].model_copy(update={"aux_lr": [6.4e-2, 3.2e-2, 1.6e-2]})]
     with pytest.raises(UserError, match=r"aux_lr .* is not ascending"):
