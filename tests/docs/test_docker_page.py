@@ -7,7 +7,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -126,19 +125,11 @@ def test_client_of_docker_knows_the_options(line: str):
     assert "/nonexistent/docker.sock" in done.stderr, done.stderr
 
 
-def test_commands_that_need_none_run(tmp_path: Path):
+def test_commands_that_need_none_run(run_python):
     for line in WITHOUT_ENGINE:
         words = shlex.split(line)
         assert words[0] == "muonlm", f"no rule how to test: {line}"
-        done = subprocess.run(
-            [sys.executable, "-m", *words],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"},
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
+        done = run_python("-m", *words)
         assert done.returncode == 0, f"{line}\n{done.stderr}"
         assert words[words.index("--container") + 1] in done.stdout
 

@@ -5,11 +5,8 @@ What needs a second host or a cluster runs in tests/e2e, which reads the same pa
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -47,19 +44,11 @@ def test_every_command_is_accepted(line: str, tmp_path: Path, monkeypatch: pytes
         assert code == 0
 
 
-def test_the_command_for_this_host_trains(stdlib_data: Path, tmp_path: Path) -> None:
+def test_the_command_for_this_host_trains(stdlib_data: Path, tmp_path: Path, run_python) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "stdlib").symlink_to(stdlib_data)
     [line] = [line for line in SUBMITTED if "--dry-run" not in line and "torchrun" in line and "--nodes" not in line]
-    done = subprocess.run(
-        [sys.executable, "-m", *shlex.split(line), "loop.steps=6"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = run_python("-m", *shlex.split(line), "loop.steps=6")
     assert done.returncode == 0, done.stderr
     assert "finished at step 6" in done.stdout
     assert "start-up: 2 ranks over gloo on 1 host" in done.stderr

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -38,18 +35,16 @@ def test_links_lead_to_files_and_sections(page: Path) -> None:
         assert not section or target.suffix != ".md" or section in anchors(target), f"{page.name}: {link}"
 
 
-def test_the_page_of_checkpoints_runs(stdlib_data: Path, tmp_path: Path) -> None:
+def test_the_page_of_checkpoints_runs(stdlib_data: Path, tmp_path: Path, run_python) -> None:
     page = (ROOT / "docs" / "checkpoints.md").read_text()
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "stdlib").symlink_to(stdlib_data)
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
     steps = re.findall(r"```(bash|python)\n(.*?)```", page, re.DOTALL)
     assert [kind for kind, _ in steps] == ["bash", "bash", "python", "bash"]
     for kind, block in steps:
         programs = [["-c", block]] if kind == "python" else [arguments(line) for line in block.splitlines()]
         for program in programs:
-            words = [sys.executable, *program]
-            done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+            done = run_python(*program)
             assert done.returncode == 0, done.stderr
             if kind == "python":
                 assert re.fullmatch(r"\(192, 64\) \d\d tensors\n", done.stdout)

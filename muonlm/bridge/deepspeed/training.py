@@ -55,7 +55,6 @@ def import_deepspeed(device: torch.device) -> Any:
     """
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         deepspeed = importlib.import_module("deepspeed")
@@ -66,7 +65,7 @@ def import_deepspeed(device: torch.device) -> Any:
         ) from error
     if device.type == "cpu":
         ops["deepspeed_shm_comm"] = False
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # importing it has set another
     check_version()
     return deepspeed
 

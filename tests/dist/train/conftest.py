@@ -156,6 +156,21 @@ def assert_same_curve(
 
 
 @pytest.fixture
+def assert_same_records() -> Callable[[TrainConfig, TrainConfig], None]:
+    """`assert_same_records(ours, theirs)`: two runs recorded the same steps, with the same losses and norms."""
+
+    def check(ours: TrainConfig, theirs: TrainConfig) -> None:
+        records = [[r for r in read_metrics(c.resolved_run_dir) if r["kind"] != "event"] for c in (ours, theirs)]
+        for mine, whole in zip(*records, strict=True):
+            assert (mine["kind"], mine["step"], mine["tokens"]) == (whole["kind"], whole["step"], whole["tokens"])
+            assert mine["loss"] == pytest.approx(whole["loss"], abs=TOLERANCE)
+            for key in {"grad_norm", "grad_norms", "update_norms", "update_rms"} & whole.keys():
+                assert mine[key] == pytest.approx(whole[key], rel=1e-3)
+
+    return check
+
+
+@pytest.fixture
 def final_state(stdlib_data: Path) -> Callable[[TrainConfig], dict[str, torch.Tensor]]:
     """`final_state(config)`: every weight and optimizer tensor of the newest checkpoint, by name."""
     vocab_size = json.loads((stdlib_data / "manifest.json").read_text())["vocab_size"]

@@ -73,17 +73,12 @@ def test_micro_batches_tied_tables_experts_and_recomputation(curves, size, stage
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_a_whole_run_records_what_one_process_does(make_config, train_ranks, stage) -> None:
+def test_a_whole_run_records_what_one_process_does(make_config, train_ranks, assert_same_records, stage) -> None:
     """Evaluation, norms, checkpoints: all that communicates besides the steps."""
     ours, theirs = make_config("ours", **SHORT, dist=engine(stage)), make_config("theirs", **SHORT)
     assert {status.state for status in train_ranks(ours, 3)} == {"finished"}
     train_ranks(theirs)
-    records = [[r for r in read_metrics(c.resolved_run_dir) if r["kind"] != "event"] for c in (ours, theirs)]
-    for mine, whole in zip(*records, strict=True):
-        assert (mine["kind"], mine["step"], mine["tokens"]) == (whole["kind"], whole["step"], whole["tokens"])
-        assert mine["loss"] == pytest.approx(whole["loss"], abs=TOLERANCE)
-        for key in {"grad_norm", "grad_norms", "update_norms", "update_rms"} & whole.keys():
-            assert mine[key] == pytest.approx(whole[key], rel=1e-3)
+    assert_same_records(ours, theirs)
     rules = Path(ours.resolved_run_dir, "rules.txt").read_text()
     assert "exchange plan: 14 matrices on 3 ranks" in rules
 

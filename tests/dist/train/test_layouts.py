@@ -112,18 +112,13 @@ SHORT = {"loop.steps": 12, "loop.batch_size": BATCH, "eval.interval_steps": 5, "
 
 
 @pytest.mark.parametrize("layout", ["fsdp 3", "tp x fsdp 2x2", "zero-2 3"])
-def test_a_whole_run_records_what_one_process_does(make_config, train_ranks, layout) -> None:
+def test_a_whole_run_records_what_one_process_does(make_config, train_ranks, assert_same_records, layout) -> None:
     """Evaluation, norms, checkpoints: all that communicates besides the steps."""
     size, dist = LAYOUTS[layout]
     ours, theirs = make_config("ours", **SHORT, dist=dist), make_config("theirs", **SHORT)
     assert {status.state for status in train_ranks(ours, size)} == {"finished"}
     train_ranks(theirs)
-    records = [[r for r in read_metrics(c.resolved_run_dir) if r["kind"] != "event"] for c in (ours, theirs)]
-    for mine, whole in zip(*records, strict=True):
-        assert (mine["kind"], mine["step"], mine["tokens"]) == (whole["kind"], whole["step"], whole["tokens"])
-        assert mine["loss"] == pytest.approx(whole["loss"], abs=TOLERANCE)
-        for key in {"grad_norm", "grad_norms", "update_norms", "update_rms"} & whole.keys():
-            assert mine[key] == pytest.approx(whole[key], rel=1e-3)
+    assert_same_records(ours, theirs)
     environment = json.loads(Path(ours.resolved_run_dir, "environment.json").read_text())
     assert math.prod(environment["ranks"].values()) == environment["world_size"] == size
 
